@@ -1,0 +1,34 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder():
+    return ROOT / "tiny"
+
+
+@pytest.fixture
+def model(tiny_folder):
+    """The embedded model, loaded afresh for each test that puts something on it."""
+    from model import GPT
+    return GPT.from_pretrained(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_folder):
+    from data import Tokenizer
+    return Tokenizer.from_pretrained(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_folder):
+    """The embedded model as transformers loads it."""
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
