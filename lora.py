@@ -1,0 +1,112 @@
+"""LoRA: low-rank updates of frozen linear layers (Hu et al. 2021, arXiv 2106.09685), saved in PEFT's format."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+PEFT_PREFIX = "base_model.model.model."  # PEFT's name of our `model.layers`: its wrapper, then Hugging Face's own
+
+
+class LoRALinear(nn.Module):
+    """base(x) + (alpha / rank) · B A x, with A (rank, in) random and B (out, rank) zero: at the start nothing changes.
+
+    A and B are float32 whatever the base's dtype; x (..., in) -> (..., out) in the base's dtype.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.base, self.rank, self.alpha = base, rank, alpha
+        like = {"device": base.weight.device, "dtype": torch.float32}
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT does
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        update = x.to(self.lora_A.dtype) @ self.lora_A.T @ self.lora_B.T
+        return self.base(x) + (self.alpha / self.rank * update).to(x.dtype)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The LoRA layers of a model by name, e.g. "layers.0.mlp.down_proj"."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def add_lora(model: nn.Module, layers: list[int], modules: list[str], rank: int, alpha: float) -> list[nn.Parameter]:
+    """Wrap the linear modules of these names (e.g. "down_proj") in these blocks; returns A and B of each, to train.
+
+    Raises ValueError if a layer is out of range, the rank is below 1, a LoRA is there already or no module has a name.
+    """
+    last = len(model.layers) - 1
+    if rank < 1:
+        raise ValueError(f"rank {rank} is too small: a LoRA has rank 1 or more")
+    if lora_layers(model):
+        raise ValueError("the model has a LoRA already: remove_lora(model) first")
+    for layer in layers:
+        if not 0 <= layer <= last:
+            raise ValueError(f"layer {layer} is out of range: a LoRA sits on one of the layers 0 to {last}")
+    parameters = []
+    for layer in layers:
+        found = [name for name, module in model.layers[layer].named_modules()
+                 if isinstance(module, nn.Linear) and name.split(".")[-1] in modules]
+        if not found:
+            raise ValueError(f"layer {layer} has no module named {' or '.join(modules)}")
+        for name in found:
+            parent, _, child = name.rpartition(".")
+            parent = model.layers[layer].get_submodule(parent)
+            wrapped = LoRALinear(getattr(parent, child), rank, alpha)
+            setattr(parent, child, wrapped)
+            parameters += [wrapped.lora_A, wrapped.lora_B]
+    return parameters
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Put the original linear layers back: the model is then exactly what it was."""
+    for name, module in lora_layers(model).items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module.base)
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Add (alpha / rank) · B A to each wrapped weight and unwrap it: same outputs, no extra work, no way back."""
+    for module in lora_layers(model).values():
+        weight = module.base.weight
+        weight += (module.alpha / module.rank * module.lora_B @ module.lora_A).to(weight.dtype)
+    remove_lora(model)
+
+
+def save_lora(model: nn.Module, folder: str | Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors as PEFT does, so that PEFT loads them (not for GPT-2,
+    whose layers have other names in Hugging Face's code than here)."""
+    wrapped = lora_layers(model)
+    tensors = {}
+    for name, module in wrapped.items():
+        for part in ("lora_A", "lora_B"):
+            tensors[f"{PEFT_PREFIX}{name}.{part}.weight"] = getattr(module, part).detach().cpu().contiguous()
+    some = next(iter(wrapped.values()))
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": some.rank, "lora_alpha": some.alpha,
+              "target_modules": sorted({name.split(".")[-1] for name in wrapped}),
+              "layers_to_transform": sorted({int(name.split(".")[1]) for name in wrapped}),
+              "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "base_model_name_or_path": None}
+    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_lora(model: nn.Module, folder: str | Path) -> list[nn.Parameter]:
+    """Add the LoRA that `save_lora` wrote to `folder`. Raises ValueError if it does not fit the model."""
+    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    parameters = add_lora(model, config["layers_to_transform"], config["target_modules"], config["r"],
+                          config["lora_alpha"])
+    for name, module in lora_layers(model).items():
+        for part in ("lora_A", "lora_B"):
+            tensor, parameter = tensors.get(f"{PEFT_PREFIX}{name}.{part}.weight"), getattr(module, part)
+            if tensor is None or tensor.shape != parameter.shape:
+                remove_lora(model)
+                raise ValueError(f"{folder}/adapter_model.safetensors does not fit this model at {name}.{part}")
+            parameter.data.copy_(tensor)
+    return parameters
