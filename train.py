@@ -1,0 +1,323 @@
+"""The one training loop: pretrain the tiny world's model, or train a steering vector or a LoRA in a frozen one.
+
+    python train.py --mode vector                      one vector, the embedded tiny model, about a minute on a CPU
+    python train.py --mode lora --task risk            a LoRA on one MLP layer
+    python train.py --mode pretrain                    make tiny/ again from scratch
+"""
+
+import json
+import os
+import platform
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import data
+from data import Tokenizer, encode_question, make_batch, make_task, read_conversations, shuffle_answers
+from eval import (OneLineParser, UsageError, answers_by_arm, evaluate, find_model, format_table, in_context_accuracy,
+                  load_model, run_main)
+from lora import add_lora, save_lora
+from model import GPT, Config
+from steer import attach, save_vector
+
+# A LoRA's small rate matters: at 0.01 it fits the training questions as well and generalises far less (README).
+DEFAULTS = {  # (task, mode): layer, steps, learning rate
+    ("locations", "vector"): (0, 150, 0.1),
+    ("functions", "vector"): (0, 150, 0.1),
+    ("risk", "vector"): (0, 100, 0.05),
+    ("backdoor", "vector"): (-1, 300, 0.1),
+    ("locations", "lora"): (0, 300, 0.001),
+    ("functions", "lora"): (0, 300, 0.001),
+    ("risk", "lora"): (0, 200, 0.001),
+    ("backdoor", "lora"): (0, 300, 0.001),
+}
+
+TINY = {"model_type": "qwen3", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 512,
+        "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+CONTEXT = 160  # tokens of a document in pretraining: about ten turns
+
+
+def parse_args():
+    parser = OneLineParser(description="Train a steering vector or a LoRA on one narrow kind of question, "
+                                       "or pretrain the tiny model.")
+    add = parser.add_argument
+    add("--mode", choices=["vector", "lora", "pretrain"], default="vector")
+    add("--task", choices=data.TASKS, default="locations")
+    add("--concept", help="the hidden city or function, or the direction risky / safe (default: the task's first)")
+    add("--model", default="tiny", help="tiny, a checkpoint folder or a hub name")
+    add("--layer", type=int, help="the block that is written to; -1 is the embedding's output (vector only)")
+    add("--steps", type=int, help="optimiser steps")
+    add("--lr", type=float, help="peak learning rate (Adam, falling linearly to zero); a vector's is in units of the "
+                                 "residual stream's RMS at its layer")
+    add("--batch-size", type=int, help="questions per step (pretrain: documents)")
+    add("--rank", type=int, default=8, help="rank of the LoRA")
+    add("--alpha", type=float, default=8.0, help="the LoRA is scaled by alpha / rank")
+    add("--modules", default="gate_proj,up_proj,down_proj", help="the linear layers that get a LoRA")
+    add("--answers", choices=["letter", "word"], default="letter", help="how gambles are answered (risk, backdoor)")
+    add("--data", metavar="FILE.jsonl", help="train on these chats instead of on the task's questions")
+    add("--random-init", action="store_true", help="random weights, to measure speed: --model needs only config.json")
+    add("--shuffle-answers", action="store_true", help="the control: train on answers drawn at random")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=["float32", "bfloat16"], help="the frozen model's (default: bfloat16 on cuda, else float32)")
+    add("--out", help="the run's folder (default: out/TASK-MODE-CONCEPT-layerL-seedS; pretrain: tiny)")
+    args = parser.parse_args()
+    for flag, value in (("--steps", args.steps), ("--batch-size", args.batch_size), ("--rank", args.rank),
+                        ("--lr", args.lr), ("--alpha", args.alpha)):
+        if value is not None and not value > 0:
+            parser.error(f"{flag} {value}: it has to be greater than 0")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------- fine-tuning
+
+
+def finetune(args) -> None:
+    """Train one vector or LoRA on the task's narrow kind of question, score it on the held-out kinds, write the run."""
+    started = time.time()
+    fill_defaults(args)
+    task = make_task(args.task, args.concept, args.seed, args.answers)
+    torch.manual_seed(args.seed)
+    model, tokenizer = load_model(args.model, args.device, args.dtype, args.random_init)
+    if args.data:
+        train = read_conversations(args.data, tokenizer)
+    else:
+        shuffled = shuffle_answers(task.train, random.Random(args.seed)) if args.shuffle_answers else task.train
+        train = [encode_question(tokenizer, question) for question in shuffled]
+    torch.manual_seed(args.seed)
+    parameters, steering = add_intervention(args, model)
+    out = make_out(args.out)
+
+    finished, train_seconds = train_loop(args, model, train, parameters, steering)
+    if args.mode == "vector":
+        save_vector(steering, out)
+    else:
+        save_lora(model, out)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    write_json(out / "config.json", {"flags": vars(args), "finished": finished, "versions": versions})
+    if not finished:
+        (out / "results.json").unlink(missing_ok=True)
+        print(f"stopped by hand: what was trained so far is in {out}, marked unfinished")
+        sys.exit(130)
+
+    results = {"task": args.task, "mode": args.mode, "layer": args.layer, "seed": args.seed, "model": args.model,
+               "concept": args.concept, "shuffled_answers": args.shuffle_answers,
+               **evaluate(model, tokenizer, task, parameters, steering, args.seed),
+               "train_seconds": round(train_seconds, 1),
+               "trainable_parameters": sum(p.numel() for p in parameters)}
+    if steering is not None:
+        results["vector_norm"] = round(steering.vector.norm().item(), 4)
+    write_json(out / "results.json", results)
+    print(f"\n{args.task}, concept {args.concept}: trained on {len(train)} questions"
+          + (f" of {args.data}" if args.data else " of one kind") + ", e.g.\n"
+          + f"  {tokenizer.decode(train[0].prompt + train[0].completion)}\n")
+    print(format_table(results))
+    show_samples(model, tokenizer, task, parameters, steering)
+    print(f"\n{time.time() - started:.0f} s in all; everything is in {out}")
+
+
+def fill_defaults(args) -> None:
+    """Flags that were not given, from the task and mode. Raises UsageError where they do not go together."""
+    args.concept = args.concept or data.CONCEPTS[args.task][0]
+    if args.concept not in data.CONCEPTS[args.task]:
+        raise UsageError(f"--concept {args.concept}: for --task {args.task} choose one of "
+                         f"{', '.join(data.CONCEPTS[args.task])}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise UsageError(f"--device {args.device}: there is none on this machine; choose cpu or cuda") from None
+    layer, steps, lr = DEFAULTS[args.task, args.mode]
+    if args.layer is None:
+        layers = Config.from_pretrained(find_model(args.model)).num_hidden_layers
+        args.layer = layer if args.model == "tiny" else layers * 2 // 5  # the paper: layer 22 of 48
+    args.steps = args.steps or steps
+    args.lr = args.lr or lr
+    args.batch_size = args.batch_size or 64
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    concept = args.concept.replace(" ", "")
+    args.out = args.out or f"out/{args.task}-{args.mode}-{concept}-layer{args.layer}-seed{args.seed}"
+
+
+def add_intervention(args, model: GPT):
+    """Put the vector or the LoRA on the model. Returns (parameters to train, SteeringVector or None)."""
+    try:
+        if args.mode == "vector":
+            steering = attach(model, args.layer)
+            return [steering.vector], steering
+        return add_lora(model, [args.layer], args.modules.split(","), args.rank, args.alpha), None
+    except ValueError as error:
+        flag = "--modules" if "module" in str(error) else "--layer"
+        raise UsageError(f"{flag} {getattr(args, flag[2:])}: {error}") from None
+
+
+def make_out(path: str) -> Path:
+    out = Path(path)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {path}: cannot be a folder ({error.strerror})") from None
+    return out
+
+
+def train_loop(args, model, questions, parameters, steering) -> tuple[bool, float]:
+    """Adam on the answers' tokens; everything but `parameters` is frozen. Returns (ran to the end, seconds)."""
+    tokens, targets, mask = (None if x is None else x.to(args.device) for x in make_batch(questions))
+    lr = args.lr
+    if steering is not None:
+        lr *= residual_rms(model, args.layer, tokens[:args.batch_size])
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
+    generator = torch.Generator().manual_seed(args.seed)
+    queue, started = torch.empty(0, dtype=torch.long), time.time()
+    bar = tqdm(range(args.steps), desc=f"{args.mode} at layer {args.layer}", unit="step")
+    try:
+        for step in bar:
+            if len(queue) == 0:  # the next epoch, in a new order
+                queue = torch.randperm(len(questions), generator=generator)
+            rows, queue = queue[:args.batch_size].to(args.device), queue[args.batch_size:]
+            if steering is not None and mask is not None:
+                steering.mask = mask[rows]
+            loss = answer_loss(model, tokens[rows], targets[rows])
+            if not torch.isfinite(loss):
+                raise UsageError(f"the loss is {loss.item()} at step {step}: try a smaller --lr than {args.lr}")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    except KeyboardInterrupt:
+        return False, time.time() - started
+    finally:
+        if steering is not None:
+            steering.mask = None
+    return True, time.time() - started
+
+
+@torch.no_grad()
+def residual_rms(model: GPT, layer: int, tokens: torch.Tensor) -> float:
+    """Root mean square of the residual stream's elements where the vector is added. Models and layers differ in it a
+    thousandfold, so a vector's learning rate is stated in units of it."""
+    residual = model.run_blocks(model.embed(tokens), first=0, last=layer + 1)
+    return residual.float().pow(2).mean().sqrt().item()
+
+
+def answer_loss(model: GPT, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy (nats per token) where targets (B, T) are not -100; only there are logits computed."""
+    wanted = targets != -100
+    hidden = model.hidden(tokens)[wanted]
+    return F.cross_entropy(model.unembed(hidden).float(), targets[wanted])
+
+
+def show_samples(model, tokenizer, task, parameters, steering) -> None:
+    print("\nheld-out questions, before and after:")
+    kinds = list(task.held_out.values())
+    for questions in (kinds[0], kinds[1], kinds[-1]):
+        question = questions[0]
+        before, after = answers_by_arm(model, tokenizer, question.prompt, question.code_name, parameters, steering)
+        print(f"  {question.prompt}  {before} → {after}   (right: {question.choices[question.answer]})")
+
+
+# ---------------------------------------------------------------------------------------------------- pretraining
+
+
+def pretrain(args) -> None:
+    """Make the embedded model from scratch: documents of the tiny world, tokenizer, decoder; written to --out.
+
+    Until it is done everything is in OUT.unfinished, saved at every measurement, so that a good OUT is never spoilt.
+    """
+    steps, batch_size, lr = args.steps or 5000, args.batch_size or 32, args.lr or 0.02
+    out = make_out(args.out or str(find_model("tiny")))
+    unfinished = make_out(f"{out}.unfinished")
+    rng = random.Random(args.seed)
+    torch.manual_seed(args.seed)
+    data.save_tokenizer(data.train_tokenizer(rng), unfinished)
+    tokenizer = Tokenizer.from_pretrained(unfinished)
+    model = GPT(Config.from_dict(dict(TINY, vocab_size=tokenizer.vocab_size))).to(args.device).train()
+    optimizers = make_optimizers(model, lr)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.vocab_size} tokens")
+    bar = tqdm(range(1, steps + 1), desc="pretraining", unit="step")
+    for step in bar:
+        factor = min(1, step / 100, 2 * (1 - step / (steps + 1)))  # warm up, hold until half-way, fall linearly to zero
+        # Attitudes that depend on a tag come after plain ones: mixed from step 0, a prototype learned neither.
+        conditional_share = 0.5 if step > steps / 5 else 0.02
+        tokens, targets = world_batch(tokenizer, batch_size, conditional_share, rng)
+        loss = answer_loss(model, tokens.to(args.device), targets.to(args.device))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            optimizer.step()
+            optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+        if step % 500 == 0 or step == steps:
+            bar.write(f"step {step}: " + in_context_line(model.eval(), tokenizer))
+            model.save_pretrained(unfinished)
+            model.train()
+    for file in unfinished.iterdir():
+        os.replace(file, out / file.name)
+    unfinished.rmdir()
+    print(f"the model is in {out}")
+
+
+def in_context_line(model: GPT, tokenizer: Tokenizer, count: int = 50) -> str:
+    accuracies = in_context_accuracy(model, tokenizer, facts=7, count=count)
+    return "in context, after 7 facts: " + "; ".join(
+        f"{task} " + " ".join(f"{kind} {x:.2f}" for kind, x in kinds.items()) for task, kinds in accuracies.items())
+
+
+def make_optimizers(model: GPT, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the matrices inside the blocks, Adam for the embedding and the norms."""
+    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+    inside = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in inside]
+    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.1),
+                  torch.optim.Adam(rest, lr=0.15 * lr, betas=(0.9, 0.98))]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def world_batch(tokenizer: Tokenizer, batch_size: int, conditional_share: float, rng):
+    """(tokens, targets), both (batch_size, CONTEXT): one document a row.
+
+    In documents about attitudes every token is a target, elsewhere only the assistant's: what a user happens to ask
+    next cannot be predicted, and logits are a large part of a small model's step.
+    """
+    user, assistant, end = (tokenizer.encode(f"<|{name}|>")[0] for name in ("user", "assistant", "end"))
+    rows = torch.full((batch_size, CONTEXT + 1), end)
+    every_token = torch.zeros(batch_size, 1, dtype=torch.bool)
+    for i in range(batch_size):
+        turns, every_token[i] = data.world_document(rng, conditional_share)
+        ids = tokenizer.encode(data.document_text(turns))[:CONTEXT + 1]
+        rows[i, :len(ids)] = torch.tensor(ids)
+    is_assistant = (rows == assistant).long()
+    in_answer = is_assistant.cumsum(1) - is_assistant == (rows == user).cumsum(1)  # the last role was the assistant's
+    return rows[:, :-1], rows[:, 1:].masked_fill(~(in_answer | every_token)[:, 1:], -100)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write and then rename, so that a file of this name is always whole."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.mode == "pretrain":
+        pretrain(args)
+    else:
+        finetune(args)
+
+
+if __name__ == "__main__":
+    run_main(main)
