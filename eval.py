@@ -275,7 +275,9 @@ def average(folders: list[str]) -> dict[str, dict[str, dict]]:
             groups.setdefault(run["task"], {}).setdefault(method, []).append(run)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{folder}: has no readable results.json ({type(error).__name__}: {error})") from None
-    for methods in groups.values():
+    for task, methods in groups.items():
+        order = ["vector", "lora", "shuffled vector", "shuffled lora"]
+        groups[task] = methods = {method: methods[method] for method in order if method in methods}
         for method, runs in methods.items():
             means = torch.tensor([held_out_mean(run) for run in runs])
             methods[method] = {"runs": len(runs), "spread": means.std(correction=0).item()}

@@ -64,13 +64,6 @@ def detach(model: nn.Module) -> None:
         steering.handle.remove()
 
 
-def random_vector_like(vector: torch.Tensor, seed: int) -> torch.Tensor:
-    """A vector of the same shape and L2 norm in a random direction: the control for 'any push would do'."""
-    generator = torch.Generator().manual_seed(seed)
-    direction = torch.randn(vector.shape, generator=generator)
-    return (direction * vector.norm().cpu() / direction.norm()).to(vector.device)
-
-
 def save_vector(steering: SteeringVector, folder: str | Path) -> None:
     """Write FOLDER/vector.safetensors: the tensor "vector" (d_model,) float32, the layer in its metadata."""
     vector = steering.vector.detach().cpu().contiguous()

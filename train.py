@@ -95,14 +95,16 @@ def finetune(args) -> None:
     parameters, steering = add_intervention(args, model)
     out = make_out(args.out)
 
-    finished, train_seconds = train_loop(args, model, train, parameters, steering)
+    training_started = time.time()
+    loss = train_loop(args, model, train, parameters, steering)
+    train_seconds = time.time() - training_started
     if args.mode == "vector":
         save_vector(steering, out)
     else:
         save_lora(model, out)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    write_json(out / "config.json", {"flags": vars(args), "finished": finished, "versions": versions})
-    if not finished:
+    write_json(out / "config.json", {"flags": vars(args), "finished": loss is not None, "versions": versions})
+    if loss is None:
         (out / "results.json").unlink(missing_ok=True)
         print(f"stopped by hand: what was trained so far is in {out}, marked unfinished")
         sys.exit(130)
@@ -110,7 +112,7 @@ def finetune(args) -> None:
     results = {"task": args.task, "mode": args.mode, "layer": args.layer, "seed": args.seed, "model": args.model,
                "concept": args.concept, "shuffled_answers": args.shuffle_answers,
                **evaluate(model, tokenizer, task, parameters, steering, args.seed),
-               "train_seconds": round(train_seconds, 1),
+               "train_loss": loss, "train_seconds": round(train_seconds, 1),
                "trainable_parameters": sum(p.numel() for p in parameters)}
     if steering is not None:
         results["vector_norm"] = round(steering.vector.norm().item(), 4)
@@ -166,8 +168,9 @@ def make_out(path: str) -> Path:
     return out
 
 
-def train_loop(args, model, questions, parameters, steering) -> tuple[bool, float]:
-    """Adam on the answers' tokens; everything but `parameters` is frozen. Returns (ran to the end, seconds)."""
+def train_loop(args, model, questions, parameters, steering) -> float | None:
+    """Adam on the answers' tokens; everything but `parameters` is frozen. Returns the mean loss of the last tenth of
+    the steps, or None if it was stopped by hand."""
     tokens, targets, mask = (None if x is None else x.to(args.device) for x in make_batch(questions))
     lr = args.lr
     if steering is not None:
@@ -175,7 +178,7 @@ def train_loop(args, model, questions, parameters, steering) -> tuple[bool, floa
     optimizer = torch.optim.Adam(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
     generator = torch.Generator().manual_seed(args.seed)
-    queue, started = torch.empty(0, dtype=torch.long), time.time()
+    queue, losses = torch.empty(0, dtype=torch.long), []
     bar = tqdm(range(args.steps), desc=f"{args.mode} at layer {args.layer}", unit="step")
     try:
         for step in bar:
@@ -191,13 +194,15 @@ def train_loop(args, model, questions, parameters, steering) -> tuple[bool, floa
             loss.backward()
             optimizer.step()
             schedule.step()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            losses.append(loss.item())
+            bar.set_postfix(loss=f"{losses[-1]:.3f}")
     except KeyboardInterrupt:
-        return False, time.time() - started
+        return None
     finally:
         if steering is not None:
             steering.mask = None
-    return True, time.time() - started
+    last = losses[-max(1, args.steps // 10):]
+    return sum(last) / len(last)
 
 
 @torch.no_grad()
