@@ -222,9 +222,7 @@ def answer_loss(model: GPT, tokens: torch.Tensor, targets: torch.Tensor) -> torc
 
 def show_samples(model, tokenizer, task, parameters, steering) -> None:
     print("\nheld-out questions, before and after:")
-    kinds = list(task.held_out.values())
-    for questions in (kinds[0], kinds[1], kinds[-1]):
-        question = questions[0]
+    for question, *_ in list(task.held_out.values())[:3]:
         before, after = answers_by_arm(model, tokenizer, question.prompt, question.code_name, parameters, steering)
         print(f"  {question.prompt}  {before} → {after}   (right: {question.choices[question.answer]})")
 
