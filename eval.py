@@ -203,6 +203,10 @@ def find_model(name: str) -> Path:
 def load_model(name: str, device: str, dtype: str, random_init: bool = False) -> tuple[GPT, Tokenizer]:
     """A frozen model and its tokenizer. random_init: weights drawn at random in the shape of the folder's config.json,
     and the embedded model's tokenizer if the folder has none; to measure time and memory."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UsageError(f"--device {device}: there is none on this machine; choose cpu or cuda") from None
     folder = find_model(name)
     if not random_init:
         return GPT.from_pretrained(folder, device, getattr(torch, dtype)), Tokenizer.from_pretrained(folder)
@@ -242,7 +246,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
             parameters = [steering.vector]
         else:
             steering, parameters = None, load_lora(model, folder)
-    except (CheckpointError, DataError):  # the model's fault, not the run's
+    except (CheckpointError, DataError, UsageError):  # the model's or a flag's fault, not the run's
         raise
     except (OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
         raise UsageError(f"{folder}: not a whole run of train.py ({type(error).__name__}: {error})") from None
@@ -348,7 +352,10 @@ def draw_means(groups: dict, path: str) -> None:
         axis.set(ylim=(0, 1.05), ylabel="accuracy", title=f"{task}: trained on the kind left of the dotted line")
     axes[0, 0].legend(ncols=6, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, 1.35))
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    try:
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--figure {path}: cannot be written ({error})") from None
 
 
 class OneLineParser(argparse.ArgumentParser):

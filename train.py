@@ -131,10 +131,6 @@ def fill_defaults(args) -> None:
     if args.concept not in data.CONCEPTS[args.task]:
         raise UsageError(f"--concept {args.concept}: for --task {args.task} choose one of "
                          f"{', '.join(data.CONCEPTS[args.task])}")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError):
-        raise UsageError(f"--device {args.device}: there is none on this machine; choose cpu or cuda") from None
     layer, steps, lr = DEFAULTS[args.task, args.mode]
     if args.layer is None:
         layers = Config.from_pretrained(find_model(args.model)).num_hidden_layers
@@ -144,7 +140,8 @@ def fill_defaults(args) -> None:
     args.batch_size = args.batch_size or 64
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     concept = args.concept.replace(" ", "")
-    args.out = args.out or f"out/{args.task}-{args.mode}-{concept}-layer{args.layer}-seed{args.seed}"
+    shuffled = "-shuffled" if args.shuffle_answers else ""
+    args.out = args.out or f"out/{args.task}-{args.mode}{shuffled}-{concept}-layer{args.layer}-seed{args.seed}"
 
 
 def add_intervention(args, model: GPT):

@@ -192,6 +192,26 @@ def test_a_damaged_run_is_named_in_one_line(cli, tmp_path, damage):
     assert str(run) in err
 
 
+def test_means_of_runs_are_printed_and_drawn(cli, tmp_path):
+    for seed in (0, 1):
+        cli("train.py", "--steps", 5, "--seed", seed, "--out", tmp_path / f"run{seed}")
+    runs = [tmp_path / "run0", tmp_path / "run1"]
+    status, out, _ = cli("eval.py", "--mean", *runs, "--figure", "means.png")
+    mean = sum(scoring.held_out_mean(figures(run)) for run in runs) / 2
+    assert status == 0
+    assert f"{mean:.2f}" in out.split("mean of held out")[1].split("\n")[0]
+    assert (tmp_path / "means.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flags", [("--mean", "--figure", "no/means.png"), ("--device", "abacus")])
+def test_bad_flags_of_eval_end_in_one_line(cli, tmp_path, flags):
+    cli("train.py", "--steps", 2, "--out", tmp_path / "run")
+    status, _, err = cli("eval.py", tmp_path / "run", *flags)
+    assert status == 2
+    assert len(err.strip().splitlines()) == 1
+    assert " ".join(flags[-2:]) in err
+
+
 def test_a_loss_that_is_not_finite_names_the_step(cli, tmp_path, monkeypatch):
     losses = iter([1.0, 0.5, float("nan")])
     monkeypatch.setattr(train, "answer_loss", lambda *_: torch.tensor(next(losses), requires_grad=True))
