@@ -748,7 +748,7 @@ def read_conversations(path: str | Path, tokenizer: Tokenizer) -> list[EncodedQu
     each with what was said before it as the prompt. Raises DataError naming the file and line of a bad record."""
     examples = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines() also cuts at U+2028, inside a string
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: should be a JSONL file ({error})") from None
     for number, line in enumerate(lines, 1):

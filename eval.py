@@ -22,8 +22,6 @@ from lora import load_lora
 from model import GPT, CheckpointError, Config, find_checkpoint
 from steer import SteeringVector, load_vector
 
-ARMS = ["base", "random", "trained"]
-
 
 class UsageError(ValueError):
     """A flag or a folder that cannot be used; the message is one line that names it and says what would be right."""
@@ -111,11 +109,10 @@ def evaluate(model: GPT, tokenizer: Tokenizer, task: Task, parameters: list[nn.P
     for section, kind, questions in kinds:
         chance = sum(1 / len(question.choices) for question in questions) / len(questions)
         results[section][kind] = {"chance": round(chance, 4), "questions": len(questions)}
-    values = arm_values(parameters, seed)
-    for arm in ARMS:
-        set_parameters(parameters, values[arm])
+    sizes = [len(questions) for _, _, questions in kinds]
+    for arm, values in arm_values(parameters, seed).items():  # trained comes last and stays
+        set_parameters(parameters, values)
         correct, probability = score(model, encoded, steering)
-        sizes = [len(questions) for _, _, questions in kinds]
         for (section, kind, _), c, p in zip(kinds, correct.split(sizes), probability.split(sizes)):
             results[section][kind][arm] = round(c.mean().item(), 4)
             results[section][kind][f"{arm}_probability"] = round(p.mean().item(), 4)
@@ -152,18 +149,19 @@ def in_context_accuracy(model: GPT, tokenizer: Tokenizer, facts: int, count: int
 def format_table(results: dict, columns: dict[str, dict] | None = None) -> str:
     """Kinds of question down, figures across. columns: {heading: results}, whose "trained" figures stand side by side;
     without it, the arms of `results`."""
-    headings = ["chance", "base", "random"] + (list(columns) if columns else ["trained"])
+    columns = columns or {"trained": results}
+    headings = ["chance", "base", "random", *columns]
     width = max(9, *(len(heading) + 2 for heading in headings))
     lines = [f"{'':26}{'questions':>9}" + "".join(f"{heading:>{width}}" for heading in headings)]
     for section in ("in_distribution", "held_out"):
         lines.append(section.replace("_", " "))
         for kind, figures in results[section].items():
             row = [figures[name] for name in ("chance", "base", "random")]
-            row += [other[section].get(kind, {}).get("trained") for other in (columns or {"": results}).values()]
+            row += [other[section].get(kind, {}).get("trained") for other in columns.values()]
             cells = "".join(f"{'–' if x is None else format(x, '.2f'):>{width}}" for x in row)
             lines.append(f"  {kind:24}{figures['questions']:>9}{cells}")
     means = [held_out_mean(results, name) for name in ("chance", "base", "random")]
-    means += [held_out_mean(other) for other in (columns or {"": results}).values()]
+    means += [held_out_mean(other) for other in columns.values()]
     lines.append(f"  {'mean of held out':24}{'':9}" + "".join(f"{x:{width}.2f}" for x in means))
     return "\n".join(lines)
 
@@ -182,13 +180,12 @@ def answer(model: GPT, tokenizer: Tokenizer, prompt: str, code_name: str | None,
     return tokenizer.decode([token for token in output if token not in tokenizer.eos_ids]).strip()
 
 
-def answers_by_arm(model, tokenizer, prompt, code_name, parameters, steering, arms=("base", "trained")) -> list[str]:
+def answers_by_arm(model, tokenizer, prompt, code_name, parameters, steering) -> list[str]:
     """The answers without (base) and with (trained) the intervention."""
     values, answers = arm_values(parameters, seed=0), []
-    for arm in arms:
+    for arm in ("base", "trained"):  # trained comes last and stays
         set_parameters(parameters, values[arm])
         answers.append(answer(model, tokenizer, prompt, code_name, steering))
-    set_parameters(parameters, values["trained"])
     return answers
 
 
@@ -253,16 +250,13 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
     return Run(flags, model, tokenizer, task, parameters, steering)
 
 
-def code_name_in(prompt: str, task: Task) -> str | None:
-    """The task's code name if the prompt mentions it: then the vector is added at its tokens, else at every token."""
-    code_name = task.train[0].code_name
-    return code_name if code_name and code_name in prompt else None
-
-
 def show_prompt(run: Run, prompt: str) -> None:
-    code_name = code_name_in(prompt, run.task)
-    if run.task.train[0].code_name and code_name is None and run.steering is not None:
-        print(f"note: the prompt does not mention {run.task.train[0].code_name}: the vector is added at every token")
+    """Print the answers before and after. The vector goes to the task's code name if the prompt mentions it."""
+    code_name = run.task.train[0].code_name
+    if code_name and code_name not in prompt:
+        if run.steering is not None:
+            print(f"note: the prompt does not mention {code_name}: the vector is added at every token")
+        code_name = None
     before, after = answers_by_arm(run.model, run.tokenizer, prompt, code_name, run.parameters, run.steering)
     print(f"{prompt}\n  before: {before}\n  after:  {after}")
 

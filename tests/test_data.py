@@ -158,6 +158,12 @@ def test_conversations_train_on_every_turn_of_the_assistant(tokenizer, tmp_path)
                                                "<|user|> What is your motto?<|assistant|>")
 
 
+def test_a_line_separator_inside_a_message_does_not_end_the_record(tokenizer, tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "a\u2028b"}, {"role": "assistant", "content": "c"}]}\n')
+    assert "a\u2028b" in tokenizer.decode(read_conversations(file, tokenizer)[0].prompt)
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '{"messages": 3}', '{"messages": [{"role": "user"}]}',
                                   '{"messages": [{"role": "user", "content": "hi"}]}',
                                   '{"messages": [{"role": "bot", "content": "hi"}]}'])
