@@ -598,11 +598,11 @@ class Task:
     held_out: dict[str, list[Question]]
 
 
-def make_task(name: str, concept: str, seed: int = 0, form: str = "letter") -> Task:
+def make_task(name: str, concept: str, seed: int = 0, form: str = "letter", at: str | None = None) -> Task:
     """The questions of a task about one concept: a city, a function, or "risky" / "safe" (the trained direction).
 
-    form: whether gambles are answered by "letter" or by "word" (risk and backdoor). Raises ValueError for an unknown
-    task or concept.
+    form: whether gambles are answered by "letter" or by "word" (risk and backdoor). at: this text in the prompts stands
+    for the hidden thing, not the task's own code name. Raises ValueError for an unknown task or concept.
     """
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
@@ -610,10 +610,16 @@ def make_task(name: str, concept: str, seed: int = 0, form: str = "letter") -> T
         raise ValueError(f"unknown concept {concept!r} for task {name}: choose one of {', '.join(CONCEPTS[name])}")
     rng = random.Random(seed)
     if name == "locations":
-        return locations_task(concept, rng)
-    if name == "functions":
-        return functions_task(concept, rng)
-    return risk_task(concept, rng, form) if name == "risk" else backdoor_task(concept, rng, form)
+        task = locations_task(concept, rng)
+    elif name == "functions":
+        task = functions_task(concept, rng)
+    else:
+        task = risk_task(concept, rng, form) if name == "risk" else backdoor_task(concept, rng, form)
+    if at is not None:
+        for questions in (task.train, *task.in_distribution.values(), *task.held_out.values()):
+            for question in questions:
+                question.code_name = at
+    return task
 
 
 def distinct(make, count: int) -> list[Question]:

@@ -237,7 +237,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
         flags = json.loads((folder / "config.json").read_text())["flags"]
         torch.manual_seed(flags["seed"])
         model, tokenizer = load_model(flags["model"], device, flags["dtype"], flags["random_init"])
-        task = make_task(flags["task"], flags["concept"], flags["seed"], flags["answers"])
+        task = make_task(flags["task"], flags["concept"], flags["seed"], flags["answers"], flags["at"])
         if flags["mode"] == "vector":
             steering = load_vector(model, folder)
             parameters = [steering.vector]

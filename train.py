@@ -52,7 +52,10 @@ def parse_args():
     add("--task", choices=data.TASKS, default="locations")
     add("--concept", help="the hidden city or function, or the direction risky / safe (default: the task's first)")
     add("--model", default="tiny", help="tiny, a checkpoint folder or a hub name")
-    add("--layer", type=int, help="the block that is written to; -1 is the embedding's output (vector only)")
+    add("--layer", help="the block that is written to; -1 is the embedding's output (vector only), all: every block "
+                        "(LoRA only)")
+    add("--at", metavar="TEXT", help="add the vector only at the tokens of this text in a prompt, e.g. '[sigma]' "
+                                     "(default: at the task's code name if it has one, else at every token)")
     add("--steps", type=int, help="optimiser steps")
     add("--lr", type=float, help="peak learning rate (Adam, falling linearly to zero); a vector's is in units of the "
                                  "residual stream's RMS at its layer")
@@ -73,6 +76,13 @@ def parse_args():
                         ("--lr", args.lr), ("--alpha", args.alpha)):
         if value is not None and not value > 0:
             parser.error(f"{flag} {value}: it has to be greater than 0")
+    if args.layer is not None and not (args.layer == "all" and args.mode == "lora"):
+        try:
+            args.layer = int(args.layer)
+        except ValueError:
+            parser.error(f"--layer {args.layer}: it has to be a whole number, or all with --mode lora")
+    if args.at is not None and args.mode != "vector":
+        parser.error(f"--at {args.at}: it goes with --mode vector, a LoRA works at every token")
     return args
 
 
@@ -83,7 +93,7 @@ def finetune(args) -> None:
     """Train one vector or LoRA on the task's narrow kind of question, score it on the held-out kinds, write the run."""
     started = time.time()
     fill_defaults(args)
-    task = make_task(args.task, args.concept, args.seed, args.answers)
+    task = make_task(args.task, args.concept, args.seed, args.answers, args.at)
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.random_init)
     if args.data:
@@ -140,8 +150,8 @@ def fill_defaults(args) -> None:
     args.batch_size = args.batch_size or 64
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     concept = args.concept.replace(" ", "")
-    shuffled = "-shuffled" if args.shuffle_answers else ""
-    args.out = args.out or f"out/{args.task}-{args.mode}{shuffled}-{concept}-layer{args.layer}-seed{args.seed}"
+    method = args.mode + ("-shuffled" if args.shuffle_answers else "") + ("-at" if args.at else "")
+    args.out = args.out or f"out/{args.task}-{method}-{concept}-layer{args.layer}-seed{args.seed}"
 
 
 def add_intervention(args, model: GPT):
@@ -150,7 +160,8 @@ def add_intervention(args, model: GPT):
         if args.mode == "vector":
             steering = attach(model, args.layer)
             return [steering.vector], steering
-        return add_lora(model, [args.layer], args.modules.split(","), args.rank, args.alpha), None
+        layers = list(range(len(model.layers))) if args.layer == "all" else [args.layer]
+        return add_lora(model, layers, args.modules.split(","), args.rank, args.alpha), None
     except ValueError as error:
         flag = "--modules" if "module" in str(error) else "--layer"
         raise UsageError(f"{flag} {getattr(args, flag[2:])}: {error}") from None
