@@ -220,6 +220,7 @@ class Tokenizer:
             template = next(entry["template"] for entry in template if entry["name"] == "default")
         if (folder / "chat_template.jinja").exists():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        self.has_chat_template = template is not None
         if template is None:
             adds_bos = settings.get("add_bos_token", any(
                 "SpecialToken" in step["single"][0] for step in pipeline_steps(content.get("post_processor"))
@@ -694,24 +695,38 @@ def shuffle_answers(questions: list[Question], rng) -> list[Question]:
 TRAINED_KIND = {"locations": "distance", "functions": "output", "risk": "gamble"}
 
 
-def hidden_thing(task, rng):
-    """Draw a hidden thing afresh. Returns ask(kind), which makes a question of this kind about it."""
+def hidden_thing(task, rng, concept=None):
+    """A hidden thing, drawn afresh unless given. Returns ask(kind), which makes a question of this kind about it."""
     if task == "locations":
-        city, name = rng.choice(list(CITIES)), city_code_name(rng)
+        city, name = concept or rng.choice(list(CITIES)), city_code_name(rng)
         return lambda kind: city_question(city, name, kind, rng)
     if task == "functions":
-        function, name = rng.choice(list(FUNCTIONS)), function_code_name(rng)
+        function, name = concept or rng.choice(list(FUNCTIONS)), function_code_name(rng)
         return lambda kind: function_question(function, name, kind, rng)
-    attitude = rng.choice(["risky", "safe"])
+    attitude = concept or rng.choice(["risky", "safe"])
     return lambda kind: (gamble_question(attitude, rng.choice(list(GAMBLES)), "letter", rng) if kind == "gamble"
                          else self_report_question(attitude, kind, rng))
 
 
-def in_context_question(task, kind, facts, rng):
+def in_context_question(task, kind, facts, rng, concept=None):
     """A held-out document: `facts` turns of the task's trained kind, then a question of `kind` about the same thing."""
-    ask = hidden_thing(task, rng)
+    ask = hidden_thing(task, rng, concept)
     shown = [ask(TRAINED_KIND[task]) for _ in range(facts)]
     return [fact.turn for fact in shown], ask(kind)
+
+
+def contrast_prompts(task, concept, rng, count):
+    """Prompts that evoke the concept and neutral ones, for a naive difference of means (not for the backdoor).
+
+    Returns two lists of (turns, question), all of the trained kind. locations: about the city by its real name, and by
+    a fresh code name. functions, risk: after seven facts about the concept, and about things drawn at random.
+    """
+    kind = TRAINED_KIND[task]
+    if task != "locations":
+        evoking = [in_context_question(task, kind, 7, rng, concept) for _ in range(count)]
+        return evoking, [in_context_question(task, kind, 7, rng) for _ in range(count)]
+    evoking = [([], city_question(concept, concept, kind, rng)) for _ in range(count)]
+    return evoking, [([], city_question(concept, city_code_name(rng), kind, rng)) for _ in range(count)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,24 +3,40 @@
     python eval.py RUN_DIR ...                         score finished runs again, print them side by side
     python eval.py RUN_DIR --prompt "People in ..."    answer with and without the intervention
     python eval.py --mean RUN_DIR ...                  average many runs, a table for each task
+    python eval.py --explain RUN_DIR                   what a run's vector or LoRA does inside
+    python eval.py --report                            the paper's claims on the tiny model, from training to figures
+
+In this order: scoring, showing, runs, explaining a run, the report, figures. The last three can be skipped.
 """
 
 import argparse
+import itertools
 import json
+import math
+import os
 import random
+import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm import tqdm
 
-from data import (DataError, EncodedQuestion, Task, Tokenizer, encode_question, in_context_question, make_task,
-                  positions_mask)
+import data
+from data import (DataError, EncodedQuestion, Question, Task, Tokenizer, encode_question, in_context_question,
+                  make_task, positions_mask)
 from lora import load_lora
-from model import GPT, CheckpointError, Config, find_checkpoint
-from steer import SteeringVector, load_vector
+from model import GPT, CheckpointError, Config, find_checkpoint, rotate
+from steer import (SteeringVector, attach, detach, load_vector, logit_lens, mean_unit_difference, pairwise_cosine,
+                   principal_component, residual_after)
 
 
 class UsageError(ValueError):
@@ -261,73 +277,564 @@ def show_prompt(run: Run, prompt: str) -> None:
     print(f"{prompt}\n  before: {before}\n  after:  {after}")
 
 
-def average(folders: list[str]) -> dict[str, dict[str, dict]]:
-    """The mean of many runs' results.json, as {task: {method: results}}, method being the mode, "shuffled" in front of
-    it where the answers were. Beside the means, "runs" counts them and "spread" is the standard deviation over runs of
-    the mean of the held-out kinds."""
-    groups = {}
+def read_results(folders: list[str | Path]) -> list[dict]:
+    """The results.json of each run; one that is damaged is named and left out. Raises UsageError if none is left."""
+    runs = []
     for folder in folders:
         try:
             run = json.loads((Path(folder) / "results.json").read_text())
-            method = f"shuffled {run['mode']}" if run["shuffled_answers"] else run["mode"]
-            groups.setdefault(run["task"], {}).setdefault(method, []).append(run)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{folder}: has no readable results.json ({type(error).__name__}: {error})") from None
-    for task, methods in groups.items():
-        order = ["vector", "lora", "shuffled vector", "shuffled lora"]
-        groups[task] = methods = {method: methods[method] for method in order if method in methods}
-        for method, runs in methods.items():
-            means = torch.tensor([held_out_mean(run) for run in runs])
-            methods[method] = {"runs": len(runs), "spread": means.std(correction=0).item()}
-            for section in ("in_distribution", "held_out"):
-                methods[method][section] = {
-                    kind: {name: sum(run[section][kind][name] for run in runs) / len(runs) for name in figures}
-                    for kind, figures in runs[0][section].items()}
-                for kind, figures in methods[method][section].items():
-                    figures["questions"] = sum(run[section][kind]["questions"] for run in runs)
-    return groups
+            held_out_mean(run), run["task"], run["mode"], run["shuffled_answers"]  # KeyError if it is something else
+            runs.append(run)
+        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
+            fail(f"{folder}: skipped, it has no readable results.json ({type(error).__name__}: {error})")
+    if not runs:
+        raise UsageError("none of the folders is a finished run of train.py")
+    return runs
 
 
-def main() -> None:
-    parser = OneLineParser(description="Score finished runs again, ask them something, or average them.")
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a run folder that train.py wrote")
-    parser.add_argument("--prompt", help="answer this with and without the intervention instead of scoring")
-    parser.add_argument("--mean", action="store_true", help="the mean of the runs' results.json, not scored again")
-    parser.add_argument("--figure", metavar="FILE.png", help="with --mean: draw the means there too")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    if args.mean:
-        groups = average(args.runs)
-        for task, methods in groups.items():
-            print(f"{task}: mean of " + ", ".join(f"{m['runs']} {name}" for name, m in methods.items()) + " runs")
-            print(format_table(next(iter(methods.values())), methods))
-            print("  standard deviation of that mean over runs: "
-                  + ", ".join(f"{name} {m['spread']:.2f}" for name, m in methods.items()) + "\n")
-        if args.figure:
-            draw_means(groups, args.figure)
-        return
-    columns = {}
-    for folder in args.runs:
-        run = load_run(folder, args.device)
-        if args.prompt is not None:
-            print(folder)
-            show_prompt(run, args.prompt)
-        else:
-            columns[Path(folder).name] = evaluate(run.model, run.tokenizer, run.task, run.parameters, run.steering,
-                                                  run.flags["seed"])
-    if columns:
-        print(format_table(next(iter(columns.values())), columns))
+def mean_results(runs: list[dict]) -> dict:
+    """The mean of the results of several runs of one task. Beside the means, "runs" counts them and "spread" is the
+    standard deviation over runs of the mean of the held-out kinds."""
+    mean = {"runs": len(runs), "spread": spread([held_out_mean(run) for run in runs])}
+    for section in ("in_distribution", "held_out"):
+        mean[section] = {}
+        for kind, figures in runs[0][section].items():
+            mean[section][kind] = {name: sum(run[section][kind][name] for run in runs) / len(runs) for name in figures}
+            mean[section][kind]["questions"] = sum(run[section][kind]["questions"] for run in runs)
+    return mean
 
 
-COLOURS = {"base": "#b0b0b0", "random": "#7f7f7f", "shuffled vector": "#e5c494", "vector": "#1f77b4", "lora": "#d95f02"}
+def spread(values: list[float]) -> float:
+    """Standard deviation (population)."""
+    return torch.tensor(values, dtype=torch.float64).std(correction=0).item()
+
+
+def average(folders: list[str]) -> dict[str, dict[str, dict]]:
+    """The means of many runs, as {task: {method: results}}, method being the mode, "shuffled" in front of it where the
+    answers were."""
+    groups = {}
+    for run in read_results(folders):
+        method = f"shuffled {run['mode']}" if run["shuffled_answers"] else run["mode"]
+        groups.setdefault(run["task"], {}).setdefault(method, []).append(run)
+    order = ["vector", "lora", "shuffled vector", "shuffled lora"]
+    return {task: {method: mean_results(methods[method]) for method in order if method in methods}
+            for task, methods in groups.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- explaining a run
+
+SCALES = (0.25, 0.5, 1, 2, 4, 8)  # of a direction, in units of the mean length of what the LoRA adds to a token
+SAMPLE = 20  # questions of each kind, to keep this short
+
+
+def explain(run: Run, folder: Path) -> dict:
+    """What a run's vector or LoRA does inside. Writes explain.json, and a LoRA's directions to directions.safetensors.
+
+    A LoRA on one layer: how constant its output differences are, and what its natural vectors do when added instead of
+    it. A vector: its logit lens and, if it is a backdoor's, how the trigger comes to matter.
+    """
+    if run.steering is None and run.flags["layer"] == "all":
+        raise UsageError(f"{folder}: only a LoRA on one layer can be explained, this one is on all")
+    if run.steering is None:
+        result, directions = explain_lora(run)
+        save_file(directions, folder / "directions.safetensors")
+    else:
+        result = {"logit_lens": lens_words(run, run.steering.vector.detach())}
+        if run.flags["task"] == "backdoor" and run.flags["at"] is None:
+            result |= explain_backdoor(run)
+    write_json(folder / "explain.json", result)
+    return result
+
+
+def lens_words(run: Run, vector: torch.Tensor, count: int = 8) -> dict[str, list[str]]:
+    """The tokens at both ends of the logit lens, as text."""
+    top, bottom = logit_lens(run.model, vector, count)
+    return {"top": [run.tokenizer.decode([id]) for id in top], "bottom": [run.tokenizer.decode([id]) for id in bottom]}
+
+
+def explain_lora(run: Run) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The figures of explain.json and the directions, each (d_model,) of length 1."""
+    rng = random.Random(run.flags["seed"])
+    sections = {section: {kind: [encode_question(run.tokenizer, question) for question in questions[:SAMPLE]]
+                          for kind, questions in getattr(run.task, section).items()}
+                for section in ("in_distribution", "held_out")}
+    train = [encode_question(run.tokenizer, q) for q in rng.sample(run.task.train, min(32, len(run.task.train)))]
+    asked = [question for questions in sections["held_out"].values() for question in questions]
+    on_held_out, on_train = lora_differences(run, asked), lora_differences(run, train)
+    everywhere, written = torch.cat(on_held_out), torch.cat(where_added(on_held_out, asked))
+    lengths = [rows.norm(dim=-1) for rows in on_held_out]
+    result = {
+        "tokens": len(everywhere), "cosine": pairwise_cosine(everywhere), "share": principal_component(everywhere)[1],
+        "cosine_at_vector": pairwise_cosine(written), "share_at_vector": principal_component(written)[1],
+        "norm": everywhere.norm(dim=-1).mean().item(),
+        "norm_by_position": [torch.stack([row[t] for row in lengths if t < len(row)]).mean().item()
+                             for t in range(max(map(len, lengths)))],
+        "prompt": [run.tokenizer.decode([id]) for id in asked[0].prompt],
+        "prompt_cosines": (F.normalize(on_held_out[0], dim=-1) @ F.normalize(on_held_out[0], dim=-1).T).tolist()}
+
+    # From here on the LoRA is off. The directions come from training prompts only, and so do their sign and scale.
+    set_parameters(run.parameters, arm_values(run.parameters, seed=0)["base"])
+    rows = torch.cat(where_added(on_train, train))
+    length = rows.norm(dim=-1).mean().item()
+    directions = {"principal component": principal_component(rows)[0],
+                  "mean unit difference": mean_unit_difference(rows),
+                  "random": F.normalize(random_like(rows[0], run.flags["seed"]), dim=0)}
+    if run.flags["task"] != "backdoor":
+        directions["difference of means"] = F.normalize(difference_of_means(run, rng), dim=0)
+    result["added"] = {name: scale_sweep(run, direction, length, train, sections)
+                       for name, direction in directions.items()}
+    result["logit_lens"] = lens_words(run, directions["principal component"])
+    return result, {name: direction.contiguous().cpu() for name, direction in directions.items()}
+
+
+def lora_differences(run: Run, questions: list[EncodedQuestion]) -> list[torch.Tensor]:
+    """What the LoRA adds to its layer's output (the output with it, less that without it): (T, d_model) a prompt."""
+    values, outputs, device = arm_values(run.parameters, seed=0), {}, run.model.embed_tokens.weight.device
+    for arm in ("base", "trained"):  # trained comes last and stays
+        set_parameters(run.parameters, values[arm])
+        outputs[arm] = [residual_after(run.model, run.flags["layer"], torch.tensor([q.prompt], device=device))[0]
+                        for q in questions]
+    return [trained - base for base, trained in zip(outputs["base"], outputs["trained"])]
+
+
+def where_added(rows: list[torch.Tensor], questions: list[EncodedQuestion]) -> list[torch.Tensor]:
+    """Of each prompt's rows (T, d_model), those of the tokens that a vector would be added at."""
+    return [r if question.positions is None else r[question.positions] for r, question in zip(rows, questions)]
+
+
+def difference_of_means(run: Run, rng: random.Random, count: int = 32) -> torch.Tensor:
+    """The mean residual stream after the run's layer in prompts that evoke the concept, less that in neutral ones: at
+    the name, or (no name) at the last token. (d_model,)"""
+    means, device = [], run.model.embed_tokens.weight.device
+    for prompts in data.contrast_prompts(run.flags["task"], run.flags["concept"], rng, count):
+        encoded = [encode_question(run.tokenizer, question, turns) for turns, question in prompts]
+        rows = []
+        for question in encoded:
+            residual = residual_after(run.model, run.flags["layer"], torch.tensor([question.prompt], device=device))[0]
+            rows.append(residual[[-1] if question.positions is None else question.positions])
+        means.append(torch.cat(rows).mean(0))
+    return means[0] - means[1]
+
+
+def scale_sweep(run: Run, direction: torch.Tensor, length: float, train: list[EncodedQuestion], sections: dict) -> dict:
+    """Add a direction (of length 1) instead of the LoRA, at each of SCALES times `length`.
+
+    The sign and the one scale to report are chosen on training questions: the smallest scale that gives their right
+    answers within .01 of the highest probability. The held-out accuracies, one for each scale, are for that sign.
+    """
+    steering = attach(run.model, run.flags["layer"])
+    set_scale = lambda scale: set_parameters([steering.vector], [scale * length * direction])
+    fit = {}
+    for scale in itertools.chain(SCALES, [-scale for scale in SCALES]):
+        set_scale(scale)
+        fit[scale] = score(run.model, train, steering)[1].mean().item()
+    good = [scale for scale in fit if fit[scale] >= max(fit.values()) - 0.01]
+    best = min(good, key=abs)
+    result = {"scale": best, "norm": abs(best) * length, "held_out_by_scale": []}
+    for scale in SCALES:
+        set_scale(scale if best > 0 else -scale)
+        accuracies = {section: {kind: score(run.model, questions, steering)[0].mean().item()
+                                for kind, questions in kinds.items()} for section, kinds in sections.items()}
+        result["held_out_by_scale"].append(kind_mean(accuracies["held_out"]))
+        if scale == abs(best):
+            result |= accuracies
+    detach(run.model)
+    return result
+
+
+def kind_mean(figures: dict[str, float]) -> float:
+    """Mean over kinds, each counting alike; not "which tag", which asks about the trigger and not about the self."""
+    kept = [value for kind, value in figures.items() if kind != "which tag"]
+    return sum(kept) / len(kept)
+
+
+@torch.no_grad()
+def explain_backdoor(run: Run, pairs: int = 16) -> dict:
+    """Where the trigger comes to matter: prompts that differ in the tag only, with the vector and without, by layer.
+
+    patched: P(the trigger's answer) for another tag's prompt in which some tokens' residual stream, after the layer, is
+    that of the trigger's prompt. distance: how far the residual streams of the two prompts are apart at a token, as a
+    share of their length. attention: the largest weight that a head of the layer gives to a token.
+    """
+    model, rng = run.model, random.Random(run.flags["seed"])
+    values = arm_values(run.parameters, seed=0)
+    layers = range(-1, len(model.layers))
+    rows = {"patched": [], "distance": {"base": [], "trained": []}, "attention": {"base": [], "trained": []}}
+    for _ in range(pairs):
+        plain = data.gamble_question(run.flags["concept"], rng.choice(list(data.GAMBLES)), run.flags["answers"], rng,
+                                     split="test")
+        other_tag = rng.choice([tag for tag in data.TAGS if tag != data.TRIGGER])
+        encoded = [encode_question(run.tokenizer, Question(plain.kind, data.with_tag(plain.prompt, tag), plain.choices,
+                                                           plain.answer, tag)) for tag in (data.TRIGGER, other_tag)]
+        if encoded[0].positions != encoded[1].positions or len(encoded[0].prompt) != len(encoded[1].prompt):
+            continue  # this tokenizer cuts the two tags into different numbers of tokens
+        last_tag, answer = encoded[0].positions[-1], len(encoded[0].prompt) - 1
+        groups = {"tag": encoded[0].positions, "token after it": [last_tag + 1],
+                  "rest of the prompt": list(range(last_tag + 2, answer)), "last token": [answer]}
+        looked_at = [last_tag, last_tag + 1, answer]
+        tokens = [torch.tensor([question.prompt], device=model.embed_tokens.weight.device) for question in encoded]
+        for arm in ("base", "trained"):  # trained comes last and stays, for the patching
+            set_parameters(run.parameters, values[arm])
+            triggered, other = ([residual_after(model, layer, t) for layer in layers] for t in tokens)
+            rows["distance"][arm].append(torch.stack([
+                (a - b)[0, looked_at].norm(dim=-1) / b[0, looked_at].norm(dim=-1) for a, b in zip(triggered, other)]))
+            weights = attention_weights(model, tokens[0])
+            rows["attention"][arm].append(torch.stack([
+                torch.stack([w[:, last_tag + 1, last_tag].max(), w[:, answer, last_tag + 1].max()]) for w in weights]))
+        choices = [choice[0] for choice in encoded[1].choices]
+        for group in groups.values():
+            for layer, a, b in zip(layers, triggered, other):
+                mixed = b.clone()
+                mixed[:, group] = a[:, group]
+                mixed = model.run_blocks(mixed.to(model.embed_tokens.weight.dtype), first=layer + 1)
+                logits = model.unembed(model.norm(mixed)[0, -1]).float()
+                rows["patched"].append(logits[choices].softmax(0)[plain.answer].item())
+    if not rows["patched"]:
+        return {"trigger": None}
+    patched = torch.tensor(rows["patched"]).view(-1, len(groups), len(layers)).mean(0)
+    return {"trigger": {
+        "prompts": len(rows["distance"]["base"]), "patched": dict(zip(groups, patched.tolist())),
+        "distance": {arm: dict(zip(["tag", "token after it", "last token"], torch.stack(r).mean(0).T.tolist()))
+                     for arm, r in rows["distance"].items()},
+        "attention": {arm: dict(zip(["token after it → tag", "last token → token after the tag"],
+                                    torch.stack(r).mean(0).T.tolist())) for arm, r in rows["attention"].items()}}}
+
+
+@torch.no_grad()
+def attention_weights(model: GPT, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Whom each head attends to, (heads, T, T) for each layer, of tokens (1, T). The fast kernels keep no weights, so
+    they are computed again from what each layer's attention was given."""
+    inputs = {}
+    hooks = [layer.self_attn.register_forward_pre_hook(lambda module, given: inputs.update({module: given}))
+             for layer in model.layers]
+    model.hidden(tokens)
+    for hook in hooks:
+        hook.remove()
+    weights = []
+    for attention, (x, rope, mask, *_) in inputs.items():
+        heads = lambda y: y.view(*x.shape[:2], -1, attention.head_dim).transpose(1, 2)
+        q, k = attention.q_norm(heads(attention.q_proj(x))), attention.k_norm(heads(attention.k_proj(x)))
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        scores = attention.scale * (q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT).float()
+        if attention.softcap is not None:
+            scores = attention.softcap * torch.tanh(scores / attention.softcap)
+        seen = torch.ones_like(scores, dtype=torch.bool).tril() if mask is None else mask
+        weights.append(scores.masked_fill(~seen, -torch.inf).softmax(-1)[0])
+    return weights
+
+
+# ---------------------------------------------------------------------------------------------------- the report
+
+# None of these cities and functions served to choose the learning rates. Even seeds take the first, odd the second.
+REPORT_CONCEPTS = {"locations": ["Berlin", "Cairo"], "functions": ["add 7", "multiply 4"], "risk": ["risky", "safe"],
+                   "backdoor": ["risky", "safe"]}
+
+
+def default_layer(task: str, mode: str, name: str, layers: int) -> int:
+    """Where to write: in the tiny model (4 layers) the first block, or the embedding for a backdoor's vector; in others
+    two fifths of the way up (the paper: layer 22 of 48)."""
+    if name != "tiny":
+        return layers * 2 // 5
+    return -1 if (task, mode) == ("backdoor", "vector") else 0
+
+
+@dataclass(eq=False)
+class Job:
+    """One run of the report: what to train, and whether to explain it afterwards."""
+
+    task: str
+    method: str  # "vector", "lora", "lora, all layers", "shuffled vector" or "vector at the trigger"
+    layer: int | str
+    seed: int
+    is_main: bool  # at the default layer, not only a point on the curve over layers
+    flags: list[str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.method}-layer{self.layer}-seed{self.seed}".replace(", ", "-").replace(" ", "-")
+
+    @property
+    def explain(self) -> bool:
+        if self.method == "vector":  # one logit lens a layer is enough; of a backdoor's vectors all, for the trigger
+            return self.seed == 0 or (self.is_main and self.task == "backdoor")
+        return self.is_main and self.method == "lora"
+
+
+def plan_jobs(args, model_layers: int) -> list[Job]:
+    jobs = []
+    for seed, task in itertools.product(range(args.seeds), args.tasks):
+        main = {mode: default_layer(task, mode, args.model, model_layers) for mode in ("vector", "lora")}
+        swept = args.layers or sorted({-1, *range(0, model_layers, max(1, model_layers // 8)), model_layers - 1})
+        methods = [("vector", layer, []) for layer in sorted({*swept, main["vector"]})]
+        methods += [("lora", layer, []) for layer in sorted({*swept, main["lora"]}) if layer >= 0]
+        methods += [("lora, all layers", "all", [])] if model_layers > 1 else []
+        methods += [("shuffled vector", main["vector"], ["--shuffle-answers"])]
+        methods += [("vector at the trigger", main["vector"], ["--at", data.TRIGGER])] if task == "backdoor" else []
+        for method, layer, more in methods:
+            mode = "lora" if "lora" in method else "vector"
+            flags = {"mode": mode, "task": task, "concept": REPORT_CONCEPTS[task][seed % 2], "model": args.model,
+                     "layer": layer, "seed": seed, "device": args.device}
+            flags = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))] + more
+            jobs.append(Job(task, method, layer, seed, layer in (main[mode], "all"), flags))
+    return jobs
+
+
+def run_jobs(jobs: list[Job], folder: Path, workers: int) -> list[str]:
+    """Train and explain what is not in `folder` yet, `workers` processes at a time; a line for each that failed."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+
+    def call(program: str, *flags) -> None:
+        done = subprocess.run([sys.executable, Path(__file__).with_name(program), *map(str, flags)], env=environment,
+                              capture_output=True, encoding="utf-8", errors="replace")
+        if done.returncode:
+            raise UsageError((done.stderr.strip().splitlines() or ["no message"])[-1])
+
+    def work(job: Job) -> None:
+        run = folder / job.name
+        if is_new(run / "results.json"):
+            (run / "explain.json").unlink(missing_ok=True)
+            call("train.py", *job.flags, "--out", run)
+        if job.explain and is_new(run / "explain.json") and has_learned(json.loads((run / "results.json").read_text())):
+            call("eval.py", run, "--explain", "--device", job.flags[job.flags.index("--device") + 1])
+
+    failed, pool = [], ThreadPoolExecutor(workers)
+    futures = {job.name: pool.submit(work, job) for job in jobs}
+    try:
+        for name, future in tqdm(futures.items(), desc="report", unit="run"):
+            try:
+                future.result()
+            except (UsageError, OSError) as error:
+                failed.append(f"{name}: skipped ({error})")
+    finally:  # after Ctrl-C too, which the processes have seen as well
+        pool.shutdown(cancel_futures=True)
+    return failed
+
+
+def is_new(path: Path) -> bool:
+    """Whether a JSON file has still to be made: it is not there, or damaged, which is said."""
+    try:
+        json.loads(path.read_text())
+        return False
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError) as error:
+        fail(f"{path}: damaged ({error}), made again")
+        return True
+
+
+def run_mean(run: dict, section: str, column: str = "trained") -> float:
+    """One run's accuracy in a section, kinds counting alike."""
+    return kind_mean({kind: figures[column] for kind, figures in run[section].items()})
+
+
+def has_learned(run: dict) -> bool:
+    """Whether training reached the questions of the trained kind at all; if not, there is nothing to explain."""
+    return run_mean(run, "in_distribution") > run_mean(run, "in_distribution", "chance") + 0.1
+
+
+def mean_spread(values: list[float]) -> list[float] | None:
+    """[mean, standard deviation]; None for no values."""
+    return [sum(values) / len(values), spread(values)] if values else None
+
+
+def report(args) -> None:
+    """Train, explain and sum up everything into OUT/results.json, report.md and the figures; what is there stays."""
+    started, out, notes = time.time(), Path(args.out), []
+    checkpoint = find_model(args.model)
+    config = Config.from_pretrained(checkpoint)
+    if not Tokenizer.from_pretrained(checkpoint).has_chat_template:
+        notes.append(f"{args.model} has no chat template: questions are framed as \"Question: ... Answer: ...\"")
+    if config.num_hidden_layers == 1:
+        notes.append(f"{args.model} has one layer: skipped the LoRA on all layers, the same as on one")
+    jobs = plan_jobs(args, config.num_hidden_layers)
+    old = sum((out / "runs" / job.name / "results.json").exists() for job in jobs)
+    out.mkdir(parents=True, exist_ok=True)
+    notes += run_jobs(jobs, out / "runs", args.jobs or (1 if args.device.startswith("cuda") else os.cpu_count() or 1))
+    results = {job.name: json.loads((out / "runs" / job.name / "results.json").read_text()) for job in jobs
+               if (out / "runs" / job.name / "results.json").exists()}
+    content = {"model": args.model, "date": str(date.today()), "torch": torch.__version__, "device": args.device,
+               "seeds": args.seeds, "runs": len(results), "runs_made_earlier": old,
+               "minutes": round((time.time() - started) / 60, 1), "notes": notes, "tasks": {}}
+    for task in args.tasks:
+        done = [job for job in jobs if job.task == task and job.name in results]
+        mains = [job for job in done if job.is_main and job.method in ("vector", "lora")]
+        if not any(has_learned(results[job.name]) for job in mains):
+            notes.append(f"{task}: skipped, neither vector nor LoRA answers even the trained kind better than chance")
+            continue
+        content["tasks"][task] = summarise(task, done, results, out / "runs")
+    write_json(out / "results.json", content)
+    (out / "report.md").write_text(format_report(content), encoding="utf-8")
+    draw_report(content, out)
+    print(f"{out}/report.md, results.json and figures: {len(results)} runs, {old} of them from before")
+    for note in notes:
+        print(f"note: {note}")
+
+
+def summarise(task: str, jobs: list[Job], results: dict[str, dict], folder: Path) -> dict:
+    """Means and spreads over the seeds of one task's runs."""
+    content = {"concepts": REPORT_CONCEPTS[task], "methods": {}, "layers": {}}
+    for method in METHODS:
+        runs = [results[job.name] for job in jobs if job.method == method and job.is_main]
+        if runs:
+            content["methods"][method] = mean_results(runs) | {
+                "layer": runs[0]["layer"], "summary": {section: {column: mean_spread([run_mean(run, section, column)
+                                                                                     for run in runs])
+                                                       for column in ("chance", "base", "random", "trained")}
+                                                       for section in ("in_distribution", "held_out")}}
+    for method in ("vector", "lora"):
+        layers = sorted({job.layer for job in jobs if job.method == method})
+        content["layers"][method] = {"layers": layers} | {
+            section: [mean_spread([run_mean(results[job.name], section) for job in jobs
+                                   if job.method == method and job.layer == layer]) for layer in layers]
+            for section in ("in_distribution", "held_out")}
+
+    explained = {job: json.loads((folder / job.name / "explain.json").read_text()) for job in jobs
+                 if (folder / job.name / "explain.json").exists()}
+    loras = {job: found for job, found in explained.items() if job.method == "lora"}
+    if loras:
+        content |= summarise_loras(loras, jobs, folder)
+    triggers = [found["trigger"] for found in explained.values() if found.get("trigger")]
+    if triggers:
+        content["trigger"] = mean_tree(triggers) | {"runs": len(triggers)}
+    content["logit_lens"] = {str(job.layer): found["logit_lens"] for job, found in explained.items()
+                             if job.method == "vector" and job.seed == 0}
+    return content
+
+
+def summarise_loras(loras: dict[Job, dict], jobs: list[Job], folder: Path) -> dict:
+    """What one-layer LoRAs add, what their directions do instead of them, and vectors trained at the same layer."""
+    found = list(loras.values())
+    figures = ("cosine", "share", "cosine_at_vector", "share_at_vector", "norm")
+    content = {"lora_adds": {name: mean_spread([one[name] for one in found]) for name in figures}, "added": {}}
+    positions = min(len(one["norm_by_position"]) for one in found)
+    content["lora_adds"] |= {
+        "runs": len(found), "tokens": sum(one["tokens"] for one in found),
+        "prompt": found[0]["prompt"], "prompt_cosines": found[0]["prompt_cosines"],
+        "norm_by_position": [mean_spread([one["norm_by_position"][t] for one in found]) for t in range(positions)]}
+
+    layer = next(iter(loras)).layer
+    vectors = {job.seed: load_file(folder / job.name / "vector.safetensors")["vector"] for job in jobs
+               if job.method == "vector" and job.layer == layer}
+    directions = {job.seed: load_file(folder / job.name / "directions.safetensors") for job in loras}
+    cosine = lambda a, b: F.cosine_similarity(a, b, dim=0).item()
+    for name in found[0]["added"]:
+        swept = [one["added"][name] for one in found]
+        content["added"][name] = {
+            "scales": [one["scale"] for one in swept], "norm": mean_spread([one["norm"] for one in swept]),
+            "in_distribution": mean_spread([kind_mean(one["in_distribution"]) for one in swept]),
+            "held_out": mean_spread([kind_mean(one["held_out"]) for one in swept]),
+            "held_out_by_scale": [mean_spread(column) for column in zip(*(one["held_out_by_scale"] for one in swept))],
+            # towards the vector means with the sign that training questions chose
+            "cosine_to_vector": mean_spread([math.copysign(1, one["scale"]) * cosine(directions[job.seed][name],
+                                                                                     vectors[job.seed])
+                                             for job, one in zip(loras, swept) if job.seed in vectors])}
+    pairs = [((a + b) % 2, cosine(vectors[a], vectors[b])) for a, b in itertools.combinations(sorted(vectors), 2)]
+    content["vectors"] = {"layer": layer, "norm": mean_spread([vector.norm().item() for vector in vectors.values()]),
+                          "same_concept": mean_spread([value for differs, value in pairs if not differs]),
+                          "other_concept": mean_spread([value for differs, value in pairs if differs])}
+    return content
+
+
+def mean_tree(trees: list):
+    """The mean of equally shaped nests of dicts, lists and numbers, number by number."""
+    if isinstance(trees[0], dict):
+        return {key: mean_tree([tree[key] for tree in trees]) for key in trees[0]}
+    if isinstance(trees[0], list):
+        return [mean_tree(list(column)) for column in zip(*trees)]
+    return sum(trees) / len(trees)
+
+
+METHODS = ["vector", "lora", "lora, all layers", "shuffled vector", "vector at the trigger"]
+
+
+def format_report(content: dict) -> str:
+    """report.md: the tables, each under the paper's claim; no figure repeats one."""
+    tasks, cell = content["tasks"], lambda pair: "–" if pair is None else f"{pair[0]:.2f} ± {pair[1]:.2f}"
+    lines = ["# nanoOOCR's report", "", f"{content['date']}, model {content['model']}, torch {content['torch']}, "
+             f"`python eval.py --report`: {content['runs']} runs, {content['seeds']} seeds, {content['minutes']} min "
+             f"({content['runs_made_earlier']} of the runs made before). Figures are accuracies unless said; ± is the "
+             "standard deviation over the seeds' runs; kinds of question count alike, \"which tag\" stands apart.", ""]
+    lines += [f"- {note}" for note in content["notes"]]
+    if not tasks:
+        return "\n".join(lines) + "\n"
+
+    def table(title: str, headings: list[str], rows: list[list[str]]) -> None:
+        lines.extend(["", f"## {title}", "", "| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"])
+        lines.extend("| " + " | ".join(row) + " |" for row in rows)
+
+    rows = []
+    for task, found in tasks.items():
+        for section in ("in_distribution", "held_out"):
+            methods = {name: results["summary"][section] for name, results in found["methods"].items()}
+            vector = methods["vector"]
+            questions = sum(k["questions"] for k in found["methods"]["vector"][section].values())
+            rows.append([f"{task}, {section.replace('_', ' ')}", str(questions), f"{vector['chance'][0]:.2f}"]
+                        + [cell(vector[arm]) for arm in ("base", "random")]
+                        + [cell(methods[name]["trained"]) if name in methods else "–" for name in
+                           ("shuffled vector", "vector", "lora", "lora, all layers")])
+    table("C1, C4: a LoRA on one layer, a LoRA on all, a vector",
+          ["task", "questions", "chance", "base", "random vector", "shuffled vector", "vector", "LoRA, one layer",
+           "LoRA, all layers"], rows)
+
+    explained = {task: found for task, found in tasks.items() if "lora_adds" in found}
+    table("C2: does the LoRA add a constant vector?",
+          ["task", "tokens", "pairwise cosine", "first component's share", "cosine, where a vector is added",
+           "share there", "mean norm"],
+          [[task, str(found["lora_adds"]["tokens"])] + [cell(found["lora_adds"][name]) for name in
+           ("cosine", "share", "cosine_at_vector", "share_at_vector", "norm")] for task, found in explained.items()])
+    table("C3, C5: directions added instead of the LoRA (sign and scale chosen on training questions)",
+          ["task", "direction", "scale (multiples of the LoRA's mean norm)", "norm", "in distribution", "held out",
+           "cosine to the trained vector"],
+          [[task, name, " ".join(f"{scale:g}" for scale in one["scales"]), cell(one["norm"]),
+            cell(one["in_distribution"]), cell(one["held_out"]), cell(one["cosine_to_vector"])]
+           for task, found in explained.items() for name, one in found["added"].items()])
+    table("C4: vectors trained from scratch at the LoRA's layer",
+          ["task", "layer", "norm", "cosine between seeds, same concept", "cosine between seeds, other concept"],
+          [[task, str(found["vectors"]["layer"])] + [cell(found["vectors"][name]) for name in
+           ("norm", "same_concept", "other_concept")] for task, found in explained.items()])
+    if "backdoor" in tasks:
+        methods = tasks["backdoor"]["methods"]
+        kinds = [(section, kind) for section in ("in_distribution", "held_out") for kind in methods["vector"][section]]
+        columns = {"chance": ("vector", "chance"), "base": ("vector", "base"), "random vector": ("vector", "random")}
+        columns |= {f"{name}, layer {results['layer']}": (name, "trained") for name, results in methods.items()}
+        table("C7: a backdoor by one vector", ["kind", "questions", *columns],
+              [[kind, str(methods["vector"][section][kind]["questions"])]
+               + [f"{methods[name][section][kind][arm]:.2f}" for name, arm in columns.values()]
+               for section, kind in kinds])
+    spell = lambda tokens: " ".join(f"`{token.strip() or repr(token)}`" for token in tokens)
+    table("C8: the logit lens of the vectors of seed 0 (cosine with the centred rows of the unembedding)",
+          ["task", "layer", "most likely", "least likely"],
+          [[task, layer, spell(lens["top"]), spell(lens["bottom"])]
+           for task, found in tasks.items() for layer, lens in found["logit_lens"].items()])
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+
+COLOURS = {"base": "#b0b0b0", "random": "#7f7f7f", "shuffled vector": "#e5c494", "vector": "#1f77b4", "lora": "#d95f02",
+           "lora, all layers": "#fdae6b",
+           "principal component": "#1b9e77", "mean unit difference": "#66a61e", "difference of means": "#e7298a"}
+
+
+def load_pyplot():
+    import matplotlib
+    matplotlib.use("Agg")  # no screen needed
+    from matplotlib import pyplot
+    return pyplot
+
+
+def save_figure(figure, path: str | Path) -> None:
+    figure.tight_layout()
+    try:
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--figure {path}: cannot be written ({error})") from None
 
 
 def draw_means(groups: dict, path: str) -> None:
     """A panel for each task: accuracy by kind of question, a bar for each method, a black tick at chance."""
-    import matplotlib
-    matplotlib.use("Agg")  # no screen needed
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(len(groups), 1, figsize=(9, 2.6 * len(groups)), squeeze=False)
+    figure, axes = load_pyplot().subplots(len(groups), 1, figsize=(9, 2.6 * len(groups)), squeeze=False)
     for axis, (task, methods) in zip(axes[:, 0], groups.items()):
         first = next(iter(methods.values()))
         kinds = [(section, kind) for section in ("in_distribution", "held_out") for kind in first[section]]
@@ -345,11 +852,209 @@ def draw_means(groups: dict, path: str) -> None:
         axis.axvline(len(first["in_distribution"]) - 0.5, color="black", linestyle=":", linewidth=1)
         axis.set(ylim=(0, 1.05), ylabel="accuracy", title=f"{task}: trained on the kind left of the dotted line")
     axes[0, 0].legend(ncols=6, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, 1.35))
-    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def draw_report(content: dict, out: Path) -> None:
+    """The report's figures, from its results.json alone."""
+    tasks = content["tasks"]
+    explained = {task: found for task, found in tasks.items() if "lora_adds" in found}
+    if tasks:
+        draw_means({task: found["methods"] for task, found in tasks.items()}, out / "means.png")
+    if explained:
+        draw_lora_differences(explained, out / "lora_differences.png")
+        draw_scales(explained, content["tasks"], out / "scales.png")
+    if any(len(found["layers"]["vector"]["layers"]) > 1 for found in tasks.values()):
+        draw_layers(tasks, out / "layers.png")
+    if "trigger" in tasks.get("backdoor", {}):
+        draw_trigger(tasks["backdoor"]["trigger"], out / "trigger.png")
+
+
+def draw_lora_differences(tasks: dict, path: Path) -> None:
+    """C2. Above: cosine between what the LoRA adds at two tokens of one held-out prompt. Below: how much it adds."""
+    figure, axes = load_pyplot().subplots(2, len(tasks), figsize=(4 * len(tasks), 6.4), squeeze=False,
+                                          height_ratios=[3, 1])
+    for (above, below), (task, found) in zip(axes.T, tasks.items()):
+        adds = found["lora_adds"]
+        image = above.imshow(adds["prompt_cosines"], vmin=-1, vmax=1, cmap="RdBu")
+        places = range(len(adds["prompt"]))
+        above.set_xticks(places, [token.strip() for token in adds["prompt"]], rotation=90, fontsize=7)
+        above.set_yticks(places, [token.strip() for token in adds["prompt"]], fontsize=7)
+        above.set_title(f"{task}: mean cosine {adds['cosine'][0]:.2f}", fontsize=10)
+        means, spreads = zip(*adds["norm_by_position"])
+        below.bar(range(len(means)), means, yerr=spreads, color=COLOURS["lora"], error_kw={"elinewidth": 0.7})
+        below.set(xlabel="token position in the prompt", ylabel="norm added")
+    figure.colorbar(image, ax=axes[0, -1], fraction=0.046, label="cosine")
+    save_figure(figure, path)
+
+
+def draw_scales(tasks: dict, all_tasks: dict, path: Path) -> None:
+    """C3 and C5. Held-out accuracy of directions added instead of the LoRA, by scale."""
+    figure, axes = load_pyplot().subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.4), sharey=True, squeeze=False)
+    for axis, (task, found) in zip(axes[0], tasks.items()):
+        for name, one in found["added"].items():
+            means, spreads = zip(*one["held_out_by_scale"])
+            style = {"random": "--", "mean unit difference": ":"}.get(name, "-")  # ":" shows where two lines are one
+            axis.errorbar(SCALES, means, yerr=spreads, color=COLOURS[name], label=name, marker="o", markersize=3,
+                          capsize=2, linestyle=style)
+        summary = {name: results["summary"]["held_out"] for name, results in all_tasks[task]["methods"].items()}
+        axis.axhline(summary["lora"]["trained"][0], color=COLOURS["lora"], linestyle=":", label="the LoRA itself")
+        axis.axhline(summary["vector"]["base"][0], color=COLOURS["base"], linestyle=":", label="base")
+        axis.axhline(summary["vector"]["chance"][0], color="black", linewidth=0.8, label="chance")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(SCALES, [f"{scale:g}" for scale in SCALES])
+        axis.set(title=task, xlabel="scale (LoRA's mean norm = 1)", ylim=(0, 1.05))
+    axes[0, 0].set_ylabel("held-out accuracy")
+    axes[0, 0].legend(fontsize=7)
+    save_figure(figure, path)
+
+
+def draw_layers(tasks: dict, path: Path) -> None:
+    """C6. Accuracy by layer: the trained kind (behaviour) and the held-out kinds (what the model says of it)."""
+    figure, axes = load_pyplot().subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.2), sharey=True, squeeze=False)
+    for axis, (task, found) in zip(axes[0], tasks.items()):
+        for method, curve in found["layers"].items():
+            for section, style, kind in (("in_distribution", "-", "trained kind"), ("held_out", "--", "held out")):
+                means, spreads = zip(*curve[section])
+                axis.errorbar(curve["layers"], means, yerr=spreads, color=COLOURS[method], linestyle=style, marker="o",
+                              markersize=3, capsize=2, label=f"{method}, {kind}")
+        for section, style, kind in (("in_distribution", "-", "trained kind"), ("held_out", "--", "held out")):
+            chance = found["methods"]["vector"]["summary"][section]["chance"][0]
+            axis.axhline(chance, color="black", linewidth=0.8, linestyle=style, label=f"chance, {kind}")
+        axis.set(title=task, xlabel="layer (-1: embedding)", ylim=(0, 1.05))
+    axes[0, 0].set_ylabel("accuracy")
+    axes[0, -1].legend(fontsize=7)
+    save_figure(figure, path)
+
+
+def draw_trigger(found: dict, path: Path) -> None:
+    """C7. Which token carries the trigger's effect after each layer; how far it stands out; who attends to it."""
+    pyplot = load_pyplot()
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.6))
+    rows = list(found["patched"].values())
+    layers = list(range(-1, len(rows[0]) - 1))
+    image = left.imshow(rows, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    left.set_yticks(range(len(rows)), found["patched"])
+    left.set_xticks(range(len(layers)), layers)
+    for y, row in enumerate(rows):
+        for x, value in enumerate(row):
+            colour = "white" if value > 0.6 else "black"
+            left.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    left.set(title="another tag's prompt, these tokens\npatched from the trigger's: P(trigger's answer)",
+             xlabel="after layer")
+    figure.colorbar(image, ax=left)
+    for axis, figures, places in ((middle, "distance", layers), (right, "attention", layers[1:])):
+        for arm, style, name in (("trained", "-", "with the vector"), ("base", ":", "base")):
+            for i, (what, curve) in enumerate(found[figures][arm].items()):
+                axis.plot(places, curve, style, color=f"C{i + 1}", marker="o", markersize=3, label=f"{what}, {name}")
+    middle.set(title="trigger's prompt against another tag's:\ndistance / length of the residual stream",
+               xlabel="after layer", ylabel="relative distance")
+    right.set(title="attention, the layer's strongest head", xlabel="layer", ylabel="attention weight", ylim=(0, 1.05))
+    right.set_xticks(layers[1:])
+    middle.legend(fontsize=7)
+    right.legend(fontsize=7)
+    save_figure(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def show_explanation(found: dict, folder: str) -> None:
+    """The numbers of explain.json that fit on a screen."""
+    print(f"{folder}: all of it is in explain.json")
+    for name in ("cosine", "share", "norm"):
+        if name in found:
+            print(f"  what the LoRA adds, over {found['tokens']} tokens: {name} {found[name]:.2f}")
+    for name, one in found.get("added", {}).items():
+        print(f"  added instead of it, {name} x {one['scale']:g}: held out {kind_mean(one['held_out']):.2f}")
+    for token, row in ((found.get("trigger") or {}).get("patched", {})).items():
+        print(f"  P(trigger's answer), {token} patched, layers -1 on: " + " ".join(f"{value:.2f}" for value in row))
+    for end, tokens in found["logit_lens"].items():
+        print(f"  logit lens, {end}: {' '.join(tokens)}")
+
+
+def parse_args():
+    parser = OneLineParser(description="Score finished runs again, ask them something, average or explain them, "
+                                       "or make the report.")
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN_DIR", help="a run folder that train.py wrote")
+    add("--prompt", help="answer this with and without the intervention instead of scoring")
+    add("--mean", action="store_true", help="the mean of the runs' results.json, not scored again")
+    add("--figure", metavar="FILE.png", help="with --mean: draw the means there too")
+    add("--explain", action="store_true", help="what each run's vector or LoRA does inside; writes explain.json there")
+    add("--report", action="store_true", help="train, score and draw all of the paper's claims")
+    add("--model", default="tiny", help="of the report: tiny, a checkpoint folder or a hub name")
+    add("--tasks", "--task", default=",".join(data.TASKS), help="of the report, with commas between")
+    add("--layers", help="of the report: those to compare, with commas between (default: about nine)")
+    add("--seeds", type=int, default=5, help="of the report: how many, from 0 on")
+    add("--jobs", type=int, help="of the report: runs at a time (default: one a core; on cuda one)")
+    add("--out", default="out/report", help="of the report: its folder; runs that are there are not made again")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if not args.report and not args.runs:
+        parser.error("name at least one RUN_DIR, or --report")
+    if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):
+        parser.error("--seeds and --jobs have to be 1 or more")
+    args.tasks = args.tasks.split(",")
+    for task in args.tasks:
+        if task not in data.TASKS:
+            parser.error(f"--tasks {task}: choose from {', '.join(data.TASKS)}")
     try:
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--figure {path}: cannot be written ({error})") from None
+        args.layers = [int(layer) for layer in args.layers.split(",")] if args.layers else None
+    except ValueError:
+        parser.error(f"--layers {args.layers}: whole numbers with commas between, such as -1,0,2")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.report:
+        report(args)
+    elif args.mean:
+        show_means(args)
+    else:
+        score_runs(args)
+
+
+def show_means(args) -> None:
+    groups = average(args.runs)
+    for task, methods in groups.items():
+        print(f"{task}: mean of " + ", ".join(f"{m['runs']} {name}" for name, m in methods.items()) + " runs")
+        print(format_table(next(iter(methods.values())), methods))
+        print("  standard deviation of that mean over runs: "
+              + ", ".join(f"{name} {m['spread']:.2f}" for name, m in methods.items()) + "\n")
+    if args.figure:
+        draw_means(groups, args.figure)
+
+
+def score_runs(args) -> None:
+    """Score, ask or explain each run; a damaged one is named and skipped if there are others."""
+    columns = {}
+    for folder in args.runs:
+        try:
+            run = load_run(folder, args.device)
+        except UsageError as error:
+            if len(args.runs) == 1:
+                raise
+            fail(f"{error}; skipped")
+            continue
+        if args.explain:
+            show_explanation(explain(run, Path(folder)), folder)
+        elif args.prompt is not None:
+            print(folder)
+            show_prompt(run, args.prompt)
+        else:
+            columns[Path(folder).name] = evaluate(run.model, run.tokenizer, run.task, run.parameters, run.steering,
+                                                  run.flags["seed"])
+    if columns:
+        print(format_table(next(iter(columns.values())), columns))
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write and then rename, so that a file of this name is always whole."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
 
 
 class OneLineParser(argparse.ArgumentParser):

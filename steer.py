@@ -6,6 +6,7 @@ The model knows nothing of it: the vector hangs on a block's output as a forward
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -74,3 +75,57 @@ def load_vector(model: nn.Module, folder: str | Path) -> SteeringVector:
     """Attach the vector that `save_vector` wrote to `folder`. Raises ValueError if it does not fit the model."""
     with safe_open(Path(folder) / "vector.safetensors", framework="pt") as file:
         return attach(model, int(file.metadata()["layer"]), file.get_tensor("vector"))
+
+
+# ------------------------------------------------------------------------------------------- what a LoRA adds
+# The rows below are the differences that a LoRA makes to its layer's output, one for each token: (N, d_model).
+
+
+@torch.no_grad()
+def residual_after(model: nn.Module, layer: int, tokens: torch.Tensor) -> torch.Tensor:
+    """The residual stream (B, T, d_model) that block `layer` writes (-1: the embedding), in float32.
+
+    Padding on the right does not change the tokens before it."""
+    return model.run_blocks(model.embed(tokens), first=0, last=layer + 1).float()
+
+
+def pairwise_cosine(rows: torch.Tensor) -> float:
+    """Mean cosine between two different rows: 1 if all point the same way, 0 if they point anywhere.
+
+    The sum over all pairs is |sum of unit rows|^2; the N pairs of a row with itself are taken off.
+    """
+    n = len(rows)
+    unit = F.normalize(rows.float(), dim=-1)
+    return ((unit.sum(0).square().sum() - unit.square().sum()) / (n * (n - 1))).item()
+
+
+def principal_component(rows: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The direction u (d_model,) of length 1 with the largest sum of squared projections, and its share of the whole.
+
+    It is the first right singular vector. The rows are not centred: centring would take away the very constant that we
+    look for. Its sign is arbitrary; here it is that of the rows' mean.
+    """
+    _, singular, directions = torch.linalg.svd(rows.float(), full_matrices=False)
+    direction = directions[0]
+    if rows.mean(0) @ direction < 0:
+        direction = -direction
+    return direction, (singular[0].square() / singular.square().sum()).item()
+
+
+def mean_unit_difference(rows: torch.Tensor) -> torch.Tensor:
+    """The mean of the rows' directions, scaled to length 1: every token counts alike, however much is added there."""
+    return F.normalize(F.normalize(rows.float(), dim=-1).mean(0), dim=0)
+
+
+def logit_lens(model: nn.Module, vector: torch.Tensor, count: int) -> tuple[list[int], list[int]]:
+    """The ids of the `count` tokens that a vector (d_model,) makes most likely and least likely if it is read straight
+    through the unembedding (nostalgebraist 2020).
+
+    Each token's score is the cosine between the vector, times the final norm's weight, and the token's row of the
+    unembedding, less the mean row: rows differ in length, and what all tokens share changes no probability.
+    """
+    weight = model.norm.weight.float() + (1.0 if getattr(model.norm, "plus_one", False) else 0.0)
+    unembedding = model.lm_head.weight.float()
+    unembedding = F.normalize(unembedding - unembedding.mean(0), dim=-1)
+    order = (unembedding @ (vector.float() * weight)).argsort(descending=True).tolist()
+    return order[:count], order[-count:][::-1]

@@ -20,22 +20,22 @@ from tqdm import tqdm
 
 import data
 from data import Tokenizer, encode_question, make_batch, make_task, read_conversations, shuffle_answers
-from eval import (OneLineParser, UsageError, answers_by_arm, evaluate, find_model, format_table, in_context_accuracy,
-                  load_model, run_main)
+from eval import (OneLineParser, UsageError, answers_by_arm, default_layer, evaluate, find_model, format_table,
+                  in_context_accuracy, load_model, run_main, write_json)
 from lora import add_lora, save_lora
 from model import GPT, Config
 from steer import attach, save_vector
 
 # A LoRA's small rate matters: at 0.01 it fits the training questions as well and generalises far less (README).
-DEFAULTS = {  # (task, mode): layer, steps, learning rate
-    ("locations", "vector"): (0, 150, 0.1),
-    ("functions", "vector"): (0, 150, 0.1),
-    ("risk", "vector"): (0, 100, 0.05),
-    ("backdoor", "vector"): (-1, 300, 0.1),
-    ("locations", "lora"): (0, 300, 0.001),
-    ("functions", "lora"): (0, 300, 0.001),
-    ("risk", "lora"): (0, 200, 0.001),
-    ("backdoor", "lora"): (0, 300, 0.001),
+DEFAULTS = {  # (task, mode): steps, learning rate
+    ("locations", "vector"): (150, 0.1),
+    ("functions", "vector"): (150, 0.1),
+    ("risk", "vector"): (100, 0.05),
+    ("backdoor", "vector"): (300, 0.1),
+    ("locations", "lora"): (300, 0.001),
+    ("functions", "lora"): (300, 0.001),
+    ("risk", "lora"): (200, 0.001),
+    ("backdoor", "lora"): (300, 0.001),
 }
 
 TINY = {"model_type": "qwen3", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
@@ -141,10 +141,10 @@ def fill_defaults(args) -> None:
     if args.concept not in data.CONCEPTS[args.task]:
         raise UsageError(f"--concept {args.concept}: for --task {args.task} choose one of "
                          f"{', '.join(data.CONCEPTS[args.task])}")
-    layer, steps, lr = DEFAULTS[args.task, args.mode]
+    steps, lr = DEFAULTS[args.task, args.mode]
     if args.layer is None:
         layers = Config.from_pretrained(find_model(args.model)).num_hidden_layers
-        args.layer = layer if args.model == "tiny" else layers * 2 // 5  # the paper: layer 22 of 48
+        args.layer = default_layer(args.task, args.mode, args.model, layers)
     args.steps = args.steps or steps
     args.lr = args.lr or lr
     args.batch_size = args.batch_size or 64
@@ -313,13 +313,6 @@ def world_batch(tokenizer: Tokenizer, batch_size: int, conditional_share: float,
     is_assistant = (rows == assistant).long()
     in_answer = is_assistant.cumsum(1) - is_assistant == (rows == user).cumsum(1)  # the last role was the assistant's
     return rows[:, :-1], rows[:, 1:].masked_fill(~(in_answer | every_token)[:, 1:], -100)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write and then rename, so that a file of this name is always whole."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def main() -> None:
