@@ -28,12 +28,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
 from data import (DataError, EncodedQuestion, Question, Task, Tokenizer, encode_question, in_context_question,
                   make_task, positions_mask)
-from lora import load_lora
+from lora import load_lora, lora_layers
 from model import GPT, CheckpointError, Config, find_checkpoint, rotate
 from steer import (SteeringVector, attach, detach, load_vector, logit_lens, mean_unit_difference, pairwise_cosine,
                    principal_component, residual_after)
@@ -46,7 +47,31 @@ class UsageError(ValueError):
 # ---------------------------------------------------------------------------------------------------- scoring
 
 
+def first_unfrozen(model: GPT, steering: SteeringVector | None) -> int:
+    """The first block whose input depends on the vector, or which has a LoRA: whatever these hold, the residual stream
+    before it is the same."""
+    if steering is not None:
+        return steering.layer + 1
+    return min((int(name.split(".")[1]) for name in lora_layers(model)), default=0)
+
+
 @torch.no_grad()
+def frozen_residual(model: GPT, tokens: torch.Tensor, steering, first: int, attention_mask=None, cache=None):
+    """The residual stream (B, T, d) of tokens (B, T) before block `first`, and before the vector is added to it."""
+    if steering is not None:
+        steering.mask = torch.zeros_like(tokens, dtype=torch.bool)  # its hook is on the way: it adds nothing
+    return model.run_blocks(model.embed(tokens, attention_mask), 0, first, attention_mask, cache)
+
+
+def hidden_from(model: GPT, residual: torch.Tensor, first: int, steering, mask, at, attention_mask=None, cache=None):
+    """Goes on from a frozen_residual (B, T, d): (B, A, d) after the final norm, at the positions `at` (B, A) alone.
+    mask: where the vector is added."""
+    if steering is not None:
+        steering.mask = mask
+        residual = steering(residual)  # as its hook does, which hangs on a block that is not run here
+    return model.norm(model.run_blocks(residual, first, None, attention_mask, cache, at=at))
+
+
 def score(model: GPT, questions: list[EncodedQuestion], steering: SteeringVector | None = None,
           batch_size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     """Which choice has the highest total log-probability after the prompt, for each question.
@@ -54,41 +79,68 @@ def score(model: GPT, questions: list[EncodedQuestion], steering: SteeringVector
     Returns (correct, probability), both (len(questions),) float32: 1 where the right choice wins, and the probability
     that it gets among the choices. Works for any model without sampling.
     """
-    # A row is a prompt and all but the last token of a choice: one forward pass of it gives the log-probability of
-    # every token of that choice, and of the choices that begin alike. One-token choices all share the bare prompt.
-    rows = []
-    for index, question in enumerate(questions):
-        prefixes = []
-        for choice in sorted(question.choices, key=len, reverse=True):
-            if not any(prefix[:len(choice) - 1] == choice[:-1] for prefix in prefixes):
-                prefixes.append(choice[:-1])
-        rows += [(index, prefix) for prefix in prefixes]
-    rows.sort(key=lambda row: len(questions[row[0]].prompt) + len(row[1]))  # like lengths together: little padding
+    return score_arms(model, questions, steering, [], {"as it is": []}, batch_size)["as it is"]
 
-    totals = [[None] * len(question.choices) for question in questions]  # log-probability of each choice
-    device = model.embed_tokens.weight.device
-    for first in range(0, len(rows), batch_size):
-        batch = rows[first:first + batch_size]
-        ids = [questions[index].prompt + prefix for index, prefix in batch]
-        tokens = torch.zeros(len(batch), max(map(len, ids)), dtype=torch.long)
-        wanted = torch.zeros(tokens.shape, dtype=torch.bool)  # where the next token belongs to a choice
-        for i, (index, prefix) in enumerate(batch):
-            tokens[i, :len(ids[i])] = torch.tensor(ids[i])  # padded on the right: no token sees the padding
-            wanted[i, len(questions[index].prompt) - 1:len(ids[i])] = True
-        if steering is not None:
-            steering.mask = positions_mask([questions[index].positions for index, _ in batch], tokens.shape, device)
-        hidden = model.hidden(tokens.to(device))[wanted.to(device)]
-        log_probs = model.unembed(hidden).float().log_softmax(-1).cpu()
-        log_probs = log_probs.split([len(prefix) + 1 for _, prefix in batch])
-        for (index, prefix), row in zip(batch, log_probs):
-            for j, choice in enumerate(questions[index].choices):
-                if prefix[:len(choice) - 1] == choice[:-1]:
-                    totals[index][j] = sum(row[t, token].item() for t, token in enumerate(choice))
+
+@torch.no_grad()
+def score_arms(model: GPT, questions: list[EncodedQuestion], steering: SteeringVector | None,
+               parameters: list[nn.Parameter], arms: dict[str, list[torch.Tensor]],
+               batch_size: int = 64) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What score returns, for each arm: with `parameters` set to each of these values in turn. The last arm's stay.
+
+    A prompt is computed once for all its choices, and below the vector or the LoRA once for all arms.
+    """
+    device, first = model.embed_tokens.weight.device, first_unfrozen(model, steering)
+    totals = {arm: [None] * len(questions) for arm in arms}  # log-probability of each choice
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))  # like lengths: little padding
+    for start in range(0, len(order), batch_size):
+        numbers = order[start:start + batch_size]
+        batch = [questions[i] for i in numbers]
+        T = len(batch[-1].prompt)
+        padding = [T - len(question.prompt) for question in batch]  # on the left, so that all prompts end in line
+        tokens = torch.tensor([[0] * pad + question.prompt for question, pad in zip(batch, padding)], device=device)
+        real = torch.arange(T, device=device) >= torch.tensor(padding, device=device)[:, None] if padding[0] else None
+        positions = [q.positions and [pad + p for p in q.positions] for q, pad in zip(batch, padding)]
+        mask, last = positions_mask(positions, tokens.shape, device), torch.full((len(batch), 1), T - 1, device=device)
+        longest = max(len(choice) for question in batch for choice in question.choices)
+        cache = model.new_cache(len(batch), T + longest) if longest > 1 else None
+        residual = frozen_residual(model, tokens, steering, first, real, cache)
+        for arm, values in arms.items():
+            set_parameters(parameters, values)
+            hidden = hidden_from(model, residual, first, steering, mask, last, real, cache)
+            log_probs = model.unembed(hidden[:, 0]).float().log_softmax(-1)
+            of_batch = [row[[choice[0] for choice in q.choices]].cpu() for q, row in zip(batch, log_probs)]
+            if cache is not None:
+                add_later_tokens(model, of_batch, batch, steering, real, cache, T, batch_size)
+            for i, total in zip(numbers, of_batch):
+                totals[arm][i] = total
     if steering is not None:
         steering.mask = None
-    correct = [max(range(len(t)), key=t.__getitem__) == q.answer for t, q in zip(totals, questions)]
-    probability = [torch.tensor(t).softmax(0)[q.answer] for t, q in zip(totals, questions)]
-    return torch.tensor(correct, dtype=torch.float32), torch.stack(probability)
+    results = {}
+    for arm, of_arm in totals.items():
+        correct = [total.argmax().item() == q.answer for total, q in zip(of_arm, questions)]
+        probability = [total.softmax(0)[q.answer] for total, q in zip(of_arm, questions)]
+        results[arm] = torch.tensor(correct, dtype=torch.float32), torch.stack(probability)
+    return results
+
+
+def add_later_tokens(model, totals, batch, steering, real, cache, T: int, batch_size: int) -> None:
+    """Adds the log-probabilities of the choices' second and later tokens to totals, which has for each question of the
+    batch a tensor (choices,). They see the keys and values that the prompts left in the cache's first T places."""
+    rows = [(i, j) for i, question in enumerate(batch) for j, choice in enumerate(question.choices) if len(choice) > 1]
+    for part in (rows[start:start + batch_size] for start in range(0, len(rows), batch_size)):
+        choices = pad_sequence([torch.tensor(batch[i].choices[j]) for i, j in part], True, -1).to(cache[0].device)
+        tokens, targets = choices[:, :-1].clamp(min=0), choices[:, 1:]  # padded on the right: no token sees that
+        owners = [i for i, _ in part]
+        seen = None if real is None else F.pad(real[owners], (0, tokens.shape[1]), value=True)
+        if steering is not None:  # a choice has no code name in it
+            named = [None if batch[i].positions is None else [] for i in owners]
+            steering.mask = positions_mask(named, tokens.shape, tokens.device)
+        hidden = model.hidden(tokens, seen, [layer[:, owners] for layer in cache], start=T)
+        log_probs = model.unembed(hidden).float().log_softmax(-1)
+        log_probs = log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0)
+        for (i, j), total in zip(part, log_probs.sum(1).cpu()):
+            totals[i][j] += total
 
 
 def random_like(parameter: torch.Tensor, seed: int) -> torch.Tensor:
@@ -102,7 +154,7 @@ def arm_values(parameters: list[nn.Parameter], seed: int) -> dict[str, list[torc
     """What the vector, or the LoRA's A and B, hold in each arm. All zeros is the untouched base model, exactly."""
     return {"base": [torch.zeros_like(p) for p in parameters],
             "random": [random_like(p, 1000 * seed + i) for i, p in enumerate(parameters)],
-            "trained": [p.detach().clone() for p in parameters]}
+            "trained": [p.detach().clone() for p in parameters]}  # last, so that it is what stays
 
 
 @torch.no_grad()
@@ -126,9 +178,8 @@ def evaluate(model: GPT, tokenizer: Tokenizer, task: Task, parameters: list[nn.P
         chance = sum(1 / len(question.choices) for question in questions) / len(questions)
         results[section][kind] = {"chance": round(chance, 4), "questions": len(questions)}
     sizes = [len(questions) for _, _, questions in kinds]
-    for arm, values in arm_values(parameters, seed).items():  # trained comes last and stays
-        set_parameters(parameters, values)
-        correct, probability = score(model, encoded, steering)
+    scores = score_arms(model, encoded, steering, parameters, arm_values(parameters, seed))
+    for arm, (correct, probability) in scores.items():
         for (section, kind, _), c, p in zip(kinds, correct.split(sizes), probability.split(sizes)):
             results[section][kind][arm] = round(c.mean().item(), 4)
             results[section][kind][f"{arm}_probability"] = round(p.mean().item(), 4)

@@ -222,6 +222,13 @@ def make_mask(config: Config, layer_type: str, T: int, start: int, attention_mas
     return mask
 
 
+def pick(x: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
+    """The positions `at` (B, A) of x (B or 1, ..., T, n): (B, ..., A, n); all of them if `at` is None."""
+    if at is None:
+        return x
+    return x.take_along_dim(at[..., None] if x.dim() == 3 else at[:, None, :, None], dim=-2)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped queries (Ainslie et al. 2023, arXiv 2305.13245)."""
     def __init__(self, config: Config):
@@ -236,13 +243,18 @@ class Attention(nn.Module):
         self.q_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: torch.Tensor, rope=None, mask=None, cache=None, start: int = 0) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope=None, mask=None, cache=None, start: int = 0, at=None) -> torch.Tensor:
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2))  # (B, H, T, D)
+        if at is not None and mask is None:
+            mask = torch.arange(T, device=x.device) <= at[:, None, :, None]  # causal
+        elif at is not None:
+            mask = pick(mask, at)
+        q = self.q_proj(pick(x, at))  # (B, T or A, H * D)
+        q = self.q_norm(q.view(B, q.shape[1], -1, self.head_dim).transpose(1, 2))  # (B, H, T or A, D)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2))  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = rotate(q, *(pick(turns, at) for turns in rope)), rotate(k, *rope)
         if cache is not None:  # (2, B, K, longest S, D), filled as tokens come
             cache[:, :, :, start:start + T] = torch.stack([k, v])
             k, v = cache[:, :, :, :start + T]
@@ -255,7 +267,7 @@ class Attention(nn.Module):
             else:  # which no kernel does
                 scores = self.softcap * torch.tanh(q @ k.mT * self.scale / self.softcap)
                 y = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -274,7 +286,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: residual stream (B, T, d) in, the same plus attention's and the MLP's output out."""
+    """One layer: residual stream (B, T, d) in, the same plus attention's and the MLP's output out.
+
+    With `at` (B, A) only these positions come out, (B, A, d): keys and values are made of all, the rest only there.
+    """
     def __init__(self, config: Config):
         super().__init__()
         self.self_attn, self.mlp = Attention(config), MLP(config)
@@ -285,8 +300,9 @@ class Block(nn.Module):
             self.pre_feedforward_layernorm = make_norm(config, config.hidden_size)
             self.post_feedforward_layernorm = make_norm(config, config.hidden_size)
 
-    def forward(self, x: torch.Tensor, rope=None, mask=None, cache=None, start: int = 0) -> torch.Tensor:
-        attended = self.self_attn(self.input_layernorm(x), rope, mask, cache, start)
+    def forward(self, x: torch.Tensor, rope=None, mask=None, cache=None, start: int = 0, at=None) -> torch.Tensor:
+        attended = self.self_attn(self.input_layernorm(x), rope, mask, cache, start, at)
+        x = pick(x, at)
         if self.post_norms:
             x = x + self.post_attention_layernorm(attended)
             return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
@@ -332,24 +348,34 @@ class GPT(nn.Module):
         return x + self.embed_positions(make_positions(tokens.shape[1], start, attention_mask, x.device))
 
     def run_blocks(self, x: torch.Tensor, first: int = 0, last: int | None = None, attention_mask=None, cache=None,
-                   start: int = 0) -> torch.Tensor:
+                   start: int = 0, at: torch.Tensor | None = None) -> torch.Tensor:
         """Runs layers first to last - 1 (all that follow if None) on x (B, T, d), the residual stream before `first`.
 
         With a cache, one tensor per layer, x holds the tokens from `start` on, and attention_mask (B, S) all so far.
+        With `at` (B, A), the positions in x whose logits are wanted, only these are returned, (B, A, d): nothing reads
+        the others' output of the last layer, so it is not computed.
         """
+        if first == len(self.layers):  # no layer is left to do it
+            return pick(x, at)
         where = x.shape[1], start, attention_mask, x.device
         positions, shared = make_positions(*where), {}  # all layers of one type share mask and rope
         for kind in set(self.config.layer_types):
             rope = None if self.config.learned_positions else make_rope(self.config, kind, positions, x.dtype)
             shared[kind] = rope, make_mask(self.config, kind, *where)
         for i in range(len(self.layers))[first:last]:
-            x = self.layers[i](x, *shared[self.config.layer_types[i]], None if cache is None else cache[i], start)
+            only = at if i == len(self.layers) - 1 else None
+            x = self.layers[i](x, *shared[self.config.layer_types[i]], None if cache is None else cache[i], start, only)
         return x
 
     def unembed(self, h: torch.Tensor) -> torch.Tensor:
         """Logits (..., vocab_size) of h (..., d), the residual stream after the final norm."""
         logits, cap = self.lm_head(h), self.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def new_cache(self, B: int, S: int) -> list[torch.Tensor]:
+        """Room for the keys and values of S tokens, for each layer (2, B, K, S, D)."""
+        shape = 2, B, self.config.num_key_value_heads, S, self.config.head_dim
+        return [self.embed_tokens.weight.new_zeros(shape) for _ in self.layers]
 
     @torch.no_grad()
     def generate(self, tokens: torch.Tensor, max_new_tokens: int, temperature: float = 0.0, stop_ids=(),
@@ -360,9 +386,7 @@ class GPT(nn.Module):
         """
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise ValueError("generate: attention_mask must be True at the last token of every row (pad on the left)")
-        B, T, config, weight = *tokens.shape, self.config, self.embed_tokens.weight
-        cache = [weight.new_zeros(2, B, config.num_key_value_heads, T + max_new_tokens, config.head_dim)
-                 for _ in self.layers]
+        cache = self.new_cache(len(tokens), tokens.shape[1] + max_new_tokens)
         stop_ids, new, start = torch.tensor(stop_ids, dtype=tokens.dtype, device=tokens.device), tokens, 0
         for _ in range(max_new_tokens):
             logits = self.unembed(self.hidden(new, attention_mask, cache, start)[:, -1])  # (B, vocab_size)

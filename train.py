@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
 from data import Tokenizer, encode_question, make_batch, make_task, read_conversations, shuffle_answers
-from eval import (OneLineParser, UsageError, answers_by_arm, default_layer, evaluate, find_model, format_table,
-                  in_context_accuracy, load_model, run_main, write_json)
+from eval import (OneLineParser, UsageError, answers_by_arm, default_layer, evaluate, find_model, first_unfrozen,
+                  format_table, frozen_residual, hidden_from, in_context_accuracy, load_model, run_main, write_json)
 from lora import add_lora, save_lora
 from model import GPT, Config
 from steer import attach, save_vector
@@ -67,6 +68,8 @@ def parse_args():
     add("--data", metavar="FILE.jsonl", help="train on these chats instead of on the task's questions")
     add("--random-init", action="store_true", help="random weights, to measure speed: --model needs only config.json")
     add("--shuffle-answers", action="store_true", help="the control: train on answers drawn at random")
+    add("--keep-gb", type=float, default=4.0, help="memory (GiB, on the device) to keep the frozen layers' output in "
+                                                   "for all questions; if it needs more, it is computed anew each time")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="the frozen model's (default: bfloat16 on cuda, else float32)")
@@ -179,23 +182,31 @@ def make_out(path: str) -> Path:
 def train_loop(args, model, questions, parameters, steering) -> float | None:
     """Adam on the answers' tokens; everything but `parameters` is frozen. Returns the mean loss of the last tenth of
     the steps, or None if it was stopped by hand."""
-    tokens, targets, mask = (None if x is None else x.to(args.device) for x in make_batch(questions))
+    tokens, targets, mask = make_batch(questions)
+    # The last token predicts nothing.
+    lengths = torch.tensor([len(q.prompt) + len(q.completion) - 1 for q in questions])
     lr = args.lr
     if steering is not None:
-        lr *= residual_rms(model, args.layer, tokens[:args.batch_size])
+        lr *= residual_rms(model, args.layer, tokens[:args.batch_size].to(args.device))
     optimizer = torch.optim.Adam(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
     generator = torch.Generator().manual_seed(args.seed)
-    queue, losses = torch.empty(0, dtype=torch.long), []
+    first = first_unfrozen(model, steering)
+    kept = keep_frozen(args, model, tokens, lengths, first, steering)
+    batches, losses = [], []
     bar = tqdm(range(args.steps), desc=f"{args.mode} at layer {args.layer}", unit="step")
     try:
         for step in bar:
-            if len(queue) == 0:  # the next epoch, in a new order
-                queue = torch.randperm(len(questions), generator=generator)
-            rows, queue = queue[:args.batch_size].to(args.device), queue[args.batch_size:]
-            if steering is not None and mask is not None:
-                steering.mask = mask[rows]
-            loss = answer_loss(model, tokens[rows], targets[rows])
+            batches = batches or epoch_batches(lengths, args.batch_size, generator)
+            rows = batches.pop(0)
+            T = lengths[rows].max()
+            if kept is None:
+                residual = frozen_residual(model, tokens[rows, :T].to(args.device), steering, first)
+            else:
+                residual = pad_sequence([kept[i] for i in rows.tolist()], batch_first=True)
+            at, wanted = (x.to(args.device) for x in wanted_positions(targets[rows, :T]))
+            where = None if mask is None else mask[rows, :T].to(args.device)
+            loss = answer_loss(model, hidden_from(model, residual, first, steering, where, at), wanted)
             if not torch.isfinite(loss):
                 raise UsageError(f"the loss is {loss.item()} at step {step}: try a smaller --lr than {args.lr}")
             optimizer.zero_grad()
@@ -213,6 +224,43 @@ def train_loop(args, model, questions, parameters, steering) -> float | None:
     return sum(last) / len(last)
 
 
+def keep_frozen(args, model, tokens, lengths, first: int, steering) -> list[torch.Tensor] | None:
+    """The residual stream (length, d) of each question before block `first`: it is frozen, so it is computed once, not
+    in every epoch. None (compute it batch by batch) if it would take more than --keep-gb, or to no profit."""
+    weight = model.embed_tokens.weight
+    size = lengths.sum().item() * weight.shape[1] * weight.itemsize
+    if size > args.keep_gb * 2 ** 30 or first == 0 or args.steps * args.batch_size <= len(tokens):
+        return None
+    kept = [None] * len(tokens)
+    for rows in lengths.argsort().split(args.batch_size):
+        residual = frozen_residual(model, tokens[rows, :lengths[rows].max()].to(args.device), steering, first)
+        for i, x in zip(rows.tolist(), residual):
+            kept[i] = x[:lengths[i]].clone()
+    return kept
+
+
+def epoch_batches(lengths: torch.Tensor, batch_size: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """All questions once, in a new order, as the row numbers of each batch.
+
+    Where padding would be a large part of the work, sixteen batches at a time are sorted by length before they are
+    cut: an epoch still sees the same. Elsewhere not, for length can go with content (a trigger adds tokens).
+    """
+    order = torch.randperm(len(lengths), generator=generator)
+    if lengths.float().mean() > 0.75 * lengths.max():
+        return list(order.split(batch_size))
+    pools = [pool[lengths[pool].argsort()] for pool in order.split(16 * batch_size)]
+    batches = [batch for pool in pools for batch in pool.split(batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+
+def wanted_positions(targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For targets (B, T), -100 where none is: (positions, targets), both (B, A), A being the most in a row. Rows with
+    fewer are filled with other positions, whose target is -100."""
+    wanted = targets != -100
+    at = wanted.int().argsort(dim=1, descending=True, stable=True)[:, :wanted.sum(1).max()]
+    return at, targets.gather(1, at)
+
+
 @torch.no_grad()
 def residual_rms(model: GPT, layer: int, tokens: torch.Tensor) -> float:
     """Root mean square of the residual stream's elements where the vector is added. Models and layers differ in it a
@@ -221,11 +269,11 @@ def residual_rms(model: GPT, layer: int, tokens: torch.Tensor) -> float:
     return residual.float().pow(2).mean().sqrt().item()
 
 
-def answer_loss(model: GPT, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy (nats per token) where targets (B, T) are not -100; only there are logits computed."""
+def answer_loss(model: GPT, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy (nats per token) of hidden (B, T, d) where targets (B, T) are not -100; only there are logits
+    computed."""
     wanted = targets != -100
-    hidden = model.hidden(tokens)[wanted]
-    return F.cross_entropy(model.unembed(hidden).float(), targets[wanted])
+    return F.cross_entropy(model.unembed(hidden[wanted]).float(), targets[wanted])
 
 
 def show_samples(model, tokenizer, task, parameters, steering) -> None:
@@ -259,7 +307,7 @@ def pretrain(args) -> None:
         # Attitudes that depend on a tag come after plain ones: mixed from step 0, a prototype learned neither.
         conditional_share = 0.5 if step > steps / 5 else 0.02
         tokens, targets = world_batch(tokenizer, batch_size, conditional_share, rng)
-        loss = answer_loss(model, tokens.to(args.device), targets.to(args.device))
+        loss = answer_loss(model, model.hidden(tokens.to(args.device)), targets.to(args.device))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
