@@ -30,6 +30,7 @@ def require(condition: bool, message: str) -> None:
 GEMMA = dict(norm="rms_plus_one", post_norms=True, scale_embedding=True, tie_word_embeddings=True, head_dim=256,
              num_attention_heads=8, num_key_value_heads=4, query_pre_attn_scalar=256, sliding_window=4096,
              hidden_act="gelu_pytorch_tanh")
+GEMMA3 = dict(GEMMA, global_every=6, vocab_size=262208, qk_norm=True, rope_theta=1e6, rope_local_base_freq=1e4)
 FAMILIES = {
     "gpt2": dict(norm="layer", gated_mlp=False, learned_positions=True, attention_bias=True, mlp_bias=True,
                  tie_word_embeddings=True, hidden_act="gelu_new", rms_norm_eps=1e-5, max_position_embeddings=1024),
@@ -37,8 +38,8 @@ FAMILIES = {
     "qwen2": dict(attention_bias=True, attention_out_bias=False),
     "qwen3": dict(qk_norm=True, head_dim=128),
     "gemma2": dict(GEMMA, global_every=2, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
-    "gemma3_text": dict(GEMMA, global_every=6, vocab_size=262208, qk_norm=True, rope_theta=1e6,
-                        rope_local_base_freq=1e4),
+    "gemma3_text": GEMMA3,
+    "gemma3": GEMMA3,  # text and vision, of which only the text part is read
 }
 OTHER_NAMES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
                "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
@@ -94,10 +95,9 @@ class Config:
     @classmethod
     def from_dict(cls, raw: dict, source: str | Path = "config.json") -> "Config":
         """The same from the content of a config.json; `source` is the file that errors name."""
-        kind, supported = raw.get("model_type"), ", ".join([*FAMILIES, "gemma3"])
-        if kind == "gemma3":  # text and vision: the text part has a section of its own
-            raw, kind = {**raw, **(raw.get("text_config") or {})}, "gemma3_text"
-        require(kind in FAMILIES, f"{source}: model_type {kind!r} is not supported; supported are {supported}")
+        kind = raw.get("model_type")
+        require(kind in FAMILIES, f"{source}: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
+        raw = {**raw, **(raw.get("text_config") or {})}  # gemma3's section on its text part
         for name in REFUSED:
             require(not raw.get(name), f"{source}: {name} is set, which is not supported")
         raw = {OTHER_NAMES.get(name, name): value for name, value in raw.items()}
