@@ -216,10 +216,13 @@ class Tokenizer:
         self.eos_ids = sorted({*ids, self.added_ids.get(named["eos_token"])} - {None})
 
         template = template_file.get("chat_template") or settings.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = next(entry["template"] for entry in template if entry["name"] == "default")
         if (folder / "chat_template.jinja").exists():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        if isinstance(template, list):  # several, by name; transformers has no other rule for which one counts either
+            by_name = {entry["name"]: entry["template"] for entry in template}
+            if "default" not in by_name:
+                raise DataError(f"{folder}: chat_template has {', '.join(by_name) or 'nothing'}, but none named default")
+            template = by_name["default"]
         self.has_chat_template = template is not None
         if template is None:
             adds_bos = settings.get("add_bos_token", any(

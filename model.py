@@ -323,12 +323,12 @@ class GPT(nn.Module):
         return self.norm(self.run_blocks(x, 0, None, attention_mask, cache, start))
 
     def embed(self, tokens: torch.Tensor, attention_mask=None, start: int = 0) -> torch.Tensor:
-        """The residual stream (B, T, d) before layer 0; ValueError beyond the last learned position."""
-        x, config, length = self.embed_tokens(tokens), self.config, start + tokens.shape[1]
-        if not config.learned_positions:
+        """The residual stream (B, T, d) before layer 0; CheckpointError beyond the last learned position."""
+        x, length, limit = self.embed_tokens(tokens), start + tokens.shape[1], self.config.max_position_embeddings
+        if not self.config.learned_positions:
             return x
-        if length > config.max_position_embeddings:
-            raise ValueError(f"{length} tokens: this model's positions end at {config.max_position_embeddings}")
+        require(length <= limit, f"a text of {length} tokens is too long for this {self.config.model_type} checkpoint: "
+                                 f"max_position_embeddings is {limit}")
         return x + self.embed_positions(make_positions(tokens.shape[1], start, attention_mask, x.device))
 
     def run_blocks(self, x: torch.Tensor, first: int = 0, last: int | None = None, attention_mask=None, cache=None,
