@@ -338,6 +338,8 @@ BAD_CONFIGS = {  # fields to set (None: take away), and what the error must name
     "rope field": ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, ["llama3", "low_freq_factor"]),
     "activation": ({"hidden_act": "mish"}, ["hidden_act", "mish", "silu"]),
     "layer types": ({"layer_types": ["full_attention", "linear_attention"]}, ["layer_types", "linear_attention"]),
+    "layers of another type": ({"layer_types": 2}, ["config.json"]),
+    "rope of another type": ({"rope_parameters": 2}, ["config.json"]),
     "heads": ({"num_key_value_heads": 3}, ["num_key_value_heads", "3"]),
     "quantized": ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
 }
