@@ -36,12 +36,9 @@ class DataError(ValueError):
 def read_json(path: Path) -> dict:
     """The object in a JSON file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
-        raise DataError(f"{path}: should be a JSON file ({error})") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: should hold a JSON object, holds a {type(content).__name__}")
-    return content
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:  # ValueError: not JSON, or not UTF-8
+        raise DataError(f"{path}: should hold a JSON object ({error})") from None
 
 
 def pipeline_steps(part: dict | None) -> list[dict]:
@@ -221,7 +218,7 @@ class Tokenizer:
         if isinstance(template, list):  # several, by name; transformers has no other rule for which one counts either
             by_name = {entry["name"]: entry["template"] for entry in template}
             if "default" not in by_name:
-                raise DataError(f"{folder}: chat_template has {', '.join(by_name) or 'nothing'}, but none named default")
+                raise DataError(f"{folder}: chat_template has {', '.join(by_name) or 'nothing'}, none named default")
             template = by_name["default"]
         self.has_chat_template = template is not None
         if template is None:
@@ -315,16 +312,15 @@ class Tokenizer:
         if not code_name:
             return []
         # Searched for in the tokens' bytes, and as the tokenizer writes it: it may have changed the text (NFC, spaces).
-        data = self._bytes(prompt_ids)
         name, asked = (self.decode(self.encode(text.strip())).encode() for text in (code_name, asked))
-        start = max(data.find(asked), 0)
-        end = start + len(asked) if asked in data else len(data)
-        found = [match.span() for match in re.compile(re.escape(name)).finditer(data, start, end)]
+        before, message, rest = self._bytes(prompt_ids).rpartition(asked)  # if it is not there, all is in the rest
+        spans = [(len(before) + match.start(), len(before) + match.end())
+                 for match in re.finditer(re.escape(name), message or rest)]
         return [i for i, (first, last) in enumerate(self.offsets(prompt_ids))
-                if any(first < found_end and found_start < last for found_start, found_end in found)]
+                if any(first < end and start < last for start, end in spans)]
 
     def encode_frame(self, messages: list[dict], answer: str | None, code_name: str | None = None):
-        """(prompt_ids, answer_ids, positions): frame() as ids, and where code_name is in the last message (see find)."""
+        """(prompt_ids, answer_ids, positions): frame() as ids, and where the last message has code_name (see find)."""
         prompt, rest = self.frame(messages, answer)
         prompt_ids, [answer_ids] = self.encode_after(prompt, [rest])
         return prompt_ids, answer_ids, self.find(code_name, messages[-1]["content"], prompt_ids)

@@ -82,10 +82,12 @@ def other_family(kind, folder):
                 num_key_value_heads=2, head_dim=16)
     vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28,
                   patch_size=14)
-    config = {"gpt2": lambda: transformers.GPT2Config(vocab_size=400, n_embd=32, n_layer=3, n_head=4, n_positions=32),
-              "gemma3": lambda: transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)}
+    if kind == "gpt2":
+        config = transformers.GPT2Config(vocab_size=400, n_embd=32, n_layer=3, n_head=4, n_positions=32)
+    else:
+        config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     torch.manual_seed(0)
-    reference = transformers.AutoModelForCausalLM.from_config(config[kind]()).eval()
+    reference = transformers.AutoModelForCausalLM.from_config(config).eval()
     reference.save_pretrained(folder)
     return reference, GPT.from_pretrained(folder)
 

@@ -475,7 +475,7 @@ def test_a_broken_chat_template_is_named(plain, tmp_path):
 
 def test_chat_templates_without_a_default_are_refused(plain, tmp_path):
     settings = {**NAMED, "chat_template": [{"name": "tool_use", "template": "?"}, {"name": "rag", "template": "!"}]}
-    with pytest.raises(DataError, match="chat_template has tool_use, rag, but none named default"):
+    with pytest.raises(DataError, match="chat_template has tool_use, rag, none named default"):
         save(plain, tmp_path, tokenizer_config__json=settings)
     (tmp_path / "chat_template.jinja").write_text(TINY_TEMPLATE)  # which comes before the list
     assert Tokenizer.from_pretrained(tmp_path).chat_text([ASK]) == "<|begin|><|user|> " + ASK["content"]
