@@ -469,7 +469,7 @@ def find_shards(folder: Path) -> list[Path]:
 
 HUB_ERRORS = {  # huggingface_hub's, and what to do
     "ModuleNotFoundError": "pip install huggingface_hub to download it",
-    "HFValidationError": "and this is no hub name such as google/gemma-2-9b-it",
+    "HFValidationError": "nor is it a hub name such as google/gemma-2-9b-it",
     "GatedRepoError": "it is gated: accept its terms on its page at huggingface.co, then run hf auth login",
     "RepositoryNotFoundError": "no such hub model: check the name, or run hf auth login if it is private",
     "LocalEntryNotFoundError": "not in the hub's cache, and the hub is offline: connect, or give a folder",
