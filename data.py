@@ -36,12 +36,9 @@ class DataError(ValueError):
 def read_json(path: Path) -> dict:
     """The object in a JSON file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
-        raise DataError(f"{path}: should be a JSON file ({error})") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: should hold a JSON object, holds a {type(content).__name__}")
-    return content
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:  # ValueError: not JSON, or not UTF-8
+        raise DataError(f"{path}: should hold a JSON object ({error})") from None
 
 
 def pipeline_steps(part: dict | None) -> list[dict]:
@@ -216,10 +213,13 @@ class Tokenizer:
         self.eos_ids = sorted({*ids, self.added_ids.get(named["eos_token"])} - {None})
 
         template = template_file.get("chat_template") or settings.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = next(entry["template"] for entry in template if entry["name"] == "default")
         if (folder / "chat_template.jinja").exists():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        if isinstance(template, list):  # several, by name; transformers has no other rule for which one counts either
+            by_name = {entry["name"]: entry["template"] for entry in template}
+            if "default" not in by_name:
+                raise DataError(f"{folder}: chat_template has {', '.join(by_name) or 'nothing'}, none named default")
+            template = by_name["default"]
         self.has_chat_template = template is not None
         if template is None:
             adds_bos = settings.get("add_bos_token", any(
@@ -279,8 +279,8 @@ class Tokenizer:
         """The ids of a conversation; if the user spoke last, up to where the assistant's answer begins."""
         return self.encode(self.chat_text(messages, add_generation_prompt=messages[-1]["role"] == "user"))
 
-    def frame(self, messages: list[dict], answer: str | None = None) -> tuple[str, str]:
-        """The framed conversation up to where the answer begins, and the answer with what ends it ("" for none)."""
+    def around(self, messages: list[dict]) -> tuple[str, str, str]:
+        """The framed conversation up to where the answer begins, and what stands before and after the answer's text."""
         prompt = self.chat_text(messages, add_generation_prompt=True)
         stand_in = self.chat_text(messages + [{"role": "assistant", "content": "ANSWER"}])
         before, _, after = stand_in.rpartition("ANSWER")
@@ -288,29 +288,42 @@ class Tokenizer:
         # belongs to the prompt. A mere space belongs to the answer, of whose first token it is a part.
         if not before.startswith(prompt) or before[len(prompt):].strip():
             prompt = before
+        return prompt, before[len(prompt):], after
+
+    def frame(self, messages: list[dict], answer: str | None = None) -> tuple[str, str]:
+        """The same prompt, and the answer as the template writes it (without white space, say), with what ends it."""
+        prompt, _, after = self.around(messages)
         if answer is None:
             return prompt, ""
         full = self.chat_text(messages + [{"role": "assistant", "content": answer}])
         return prompt, full[len(prompt):] if full.startswith(prompt) else answer + after
 
-    def encode_frame(self, messages: list[dict], answer: str | None, code_name: str | None = None):
-        """(prompt_ids, answer_ids, positions), the positions being those of the tokens in prompt_ids that overlap
-        code_name where the last message has it."""
-        prompt, rest = self.frame(messages, answer)
-        prompt_ids, ids = self.encode(prompt), self.encode(prompt + rest)
-        # Were a token to straddle the boundary, answers to one question would have different prompts.
-        answer_ids = ids[len(prompt_ids):] if ids[:len(prompt_ids)] == prompt_ids else self.encode(rest)
+    def encode_after(self, prompt: str, texts: list[str]) -> tuple[list[int], list[list[int]]]:
+        """The ids of a prompt, and of each text as it follows the prompt."""
+        prompt_ids, encoded = self.encode(prompt), []
+        for text in texts:
+            ids = self.encode(prompt + text)
+            # Were a token to straddle the boundary, answers to one question would have different prompts.
+            encoded.append(ids[len(prompt_ids):] if ids[:len(prompt_ids)] == prompt_ids else self.encode(text))
+        return prompt_ids, encoded
+
+    def find(self, code_name: str | None, asked: str, prompt_ids: list[int]) -> list[int]:
+        """The places in prompt_ids of the tokens that overlap code_name where the message `asked` has it."""
         if not code_name:
-            return prompt_ids, answer_ids, []
+            return []
         # Searched for in the tokens' bytes, and as the tokenizer writes it: it may have changed the text (NFC, spaces).
-        data = self._bytes(prompt_ids)
-        name, asked = (self.decode(self.encode(text.strip())).encode() for text in (code_name, messages[-1]["content"]))
-        start = max(data.find(asked), 0)
-        end = start + len(asked) if asked in data else len(data)
-        found = [match.span() for match in re.compile(re.escape(name)).finditer(data, start, end)]
-        positions = [i for i, (first, last) in enumerate(self.offsets(prompt_ids))
-                     if any(first < found_end and found_start < last for found_start, found_end in found)]
-        return prompt_ids, answer_ids, positions
+        name, asked = (self.decode(self.encode(text.strip())).encode() for text in (code_name, asked))
+        before, message, rest = self._bytes(prompt_ids).rpartition(asked)  # if it is not there, all is in the rest
+        spans = [(len(before) + match.start(), len(before) + match.end())
+                 for match in re.finditer(re.escape(name), message or rest)]
+        return [i for i, (first, last) in enumerate(self.offsets(prompt_ids))
+                if any(first < end and start < last for start, end in spans)]
+
+    def encode_frame(self, messages: list[dict], answer: str | None, code_name: str | None = None):
+        """(prompt_ids, answer_ids, positions): frame() as ids, and where the last message has code_name (see find)."""
+        prompt, rest = self.frame(messages, answer)
+        prompt_ids, [answer_ids] = self.encode_after(prompt, [rest])
+        return prompt_ids, answer_ids, self.find(code_name, messages[-1]["content"], prompt_ids)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -753,15 +766,14 @@ def as_messages(turns) -> list[dict]:
 
 def encode_question(tokenizer: Tokenizer, question: Question, turns=()) -> EncodedQuestion:
     """turns: earlier (prompt, answer) turns of the same conversation."""
-    _, right = question.turn
-    messages = as_messages(turns) + [{"role": "user", "content": question.prompt}]
-    prompt, completion, positions = tokenizer.encode_frame(messages, right, question.code_name)
-    before, after = tokenizer.frame(messages, right)[1].split(right, 1)  # e.g. a space, and an end-of-turn marker
-    choices = [tokenizer.encode(before + choice) for choice in question.choices]
+    prompt, before, after = tokenizer.around(as_messages(turns) + [{"role": "user", "content": question.prompt}])
+    texts = [before + choice for choice in question.choices]
+    prompt_ids, [completion, *choices] = tokenizer.encode_after(prompt, [texts[question.answer] + after, *texts])
     if any(a != b and b[:len(a)] == a for a in choices for b in choices):
         # One begins like another ("1" and "12" in single digits) and would always win: so the end has to count too.
-        choices = [tokenizer.encode(before + choice + after) for choice in question.choices]
-    return EncodedQuestion(prompt, choices, question.answer, completion, positions if question.code_name else None)
+        _, choices = tokenizer.encode_after(prompt, [text + after for text in texts])
+    positions = tokenizer.find(question.code_name, question.prompt, prompt_ids) if question.code_name else None
+    return EncodedQuestion(prompt_ids, choices, question.answer, completion, positions)
 
 
 def read_conversations(path: str | Path, tokenizer: Tokenizer) -> list[EncodedQuestion]:

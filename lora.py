@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-PEFT_PREFIX = "base_model.model.model."  # PEFT's name of our `model.layers`: its wrapper, then Hugging Face's own
+# PEFT names a module as Hugging Face's code does, and so do we, but for these.
+PEFT_LAYERS = {"gpt2": "transformer.h", "gemma3": "model.language_model.layers"}  # all others: model.layers
+GPT2_MODULES = {"self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
 
 
 class LoRALinear(nn.Module):
@@ -38,7 +40,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 def add_lora(model: nn.Module, layers: list[int], modules: list[str], rank: int, alpha: float) -> list[nn.Parameter]:
     """Wrap the linear modules of these names (e.g. "down_proj") in these blocks; returns A and B of each, to train.
 
-    Raises ValueError if a layer is out of range, the rank is below 1, a LoRA is there already or no module has a name.
+    Raises ValueError if a layer is out of range, the rank is below 1, a LoRA is there already, no module has a name, or
+    the LoRA could not be saved: PEFT's format has no place for one on a part of GPT-2's fused c_attn.
     """
     last = len(model.layers) - 1
     if rank < 1:
@@ -55,6 +58,9 @@ def add_lora(model: nn.Module, layers: list[int], modules: list[str], rank: int,
         if not found:
             raise ValueError(f"layer {layer} has no module named {' or '.join(modules)}")
         for name in found:
+            if model.config.model_type == "gpt2" and name not in GPT2_MODULES:
+                raise ValueError(f"module {name} is a part of GPT-2's c_attn, and PEFT's format has no LoRA on a part: "
+                                 "choose from o_proj, up_proj and down_proj")
             parent, _, child = name.rpartition(".")
             parent = model.layers[layer].get_submodule(parent)
             wrapped = LoRALinear(getattr(parent, child), rank, alpha)
@@ -79,34 +85,51 @@ def merge_lora(model: nn.Module) -> None:
     remove_lora(model)
 
 
+def peft_name(model: nn.Module, name: str) -> str:
+    """PEFT's name of a module: layers.0.mlp.up_proj is base_model.model.transformer.h.0.mlp.c_fc for GPT-2."""
+    kind = model.config.model_type
+    _, layer, module = name.split(".", 2)
+    if kind == "gpt2":
+        module = GPT2_MODULES.get(module, module)
+    return f"base_model.model.{PEFT_LAYERS.get(kind, 'model.layers')}.{layer}.{module}"
+
+
+def peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A and B of every LoRA layer, by PEFT's names."""
+    return {f"{peft_name(model, name)}.{part}.weight": getattr(module, part)
+            for name, module in lora_layers(model).items() for part in ("lora_A", "lora_B")}
+
+
 def save_lora(model: nn.Module, folder: str | Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as PEFT does, so that PEFT loads them (not for GPT-2,
-    whose layers have other names in Hugging Face's code than here)."""
+    """Write adapter_config.json and adapter_model.safetensors as PEFT does, so that PEFT loads them."""
     wrapped = lora_layers(model)
-    tensors = {}
-    for name, module in wrapped.items():
-        for part in ("lora_A", "lora_B"):
-            tensors[f"{PEFT_PREFIX}{name}.{part}.weight"] = getattr(module, part).detach().cpu().contiguous()
     some = next(iter(wrapped.values()))
+    # The last two parts of a name: GPT-2 has a c_proj in its attention and another one in its MLP.
+    targets = {".".join(peft_name(model, name).split(".")[-2:]) for name in wrapped}
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": some.rank, "lora_alpha": some.alpha,
-              "target_modules": sorted({name.split(".")[-1] for name in wrapped}),
+              "target_modules": sorted(targets),
               "layers_to_transform": sorted({int(name.split(".")[1]) for name in wrapped}),
-              "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "base_model_name_or_path": None}
+              "lora_dropout": 0.0, "bias": "none", "base_model_name_or_path": None,
+              "fan_in_fan_out": model.config.model_type == "gpt2"}  # whose Conv1D stores (in, out)
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in peft_tensors(model).items()}
     save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
     (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_lora(model: nn.Module, folder: str | Path) -> list[nn.Parameter]:
-    """Add the LoRA that `save_lora` wrote to `folder`. Raises ValueError if it does not fit the model."""
+    """Add the LoRA that `save_lora`, or PEFT with its default options, wrote to `folder`. Raises ValueError if it does
+    not fit the model."""
     config = json.loads((Path(folder) / "adapter_config.json").read_text())
     tensors = load_file(Path(folder) / "adapter_model.safetensors")
-    parameters = add_lora(model, config["layers_to_transform"], config["target_modules"], config["r"],
-                          config["lora_alpha"])
-    for name, module in lora_layers(model).items():
-        for part in ("lora_A", "lora_B"):
-            tensor, parameter = tensors.get(f"{PEFT_PREFIX}{name}.{part}.weight"), getattr(module, part)
-            if tensor is None or tensor.shape != parameter.shape:
-                remove_lora(model)
-                raise ValueError(f"{folder}/adapter_model.safetensors does not fit this model at {name}.{part}")
-            parameter.data.copy_(tensor)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)
+             and name.startswith("layers.") and f"{peft_name(model, name)}.lora_A.weight" in tensors]
+    layers, modules = {int(name.split(".")[1]) for name in names}, {name.split(".")[-1] for name in names}
+    parameters = add_lora(model, sorted(layers), sorted(modules), config["r"], config["lora_alpha"])
+    ours = peft_tensors(model)
+    wanted, found = ({(name, tensor.shape) for name, tensor in some.items()} for some in (ours, tensors))
+    if wanted != found:
+        remove_lora(model)
+        raise ValueError(f"{folder}/adapter_model.safetensors does not fit this model at {min(wanted ^ found)[0]}")
+    for name, parameter in ours.items():
+        parameter.data.copy_(tensors[name])
     return parameters

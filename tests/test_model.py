@@ -294,7 +294,7 @@ def test_generate_refuses_padding_on_the_right(saved):
 
 
 def test_gpt2_refuses_more_tokens_than_positions(saved):
-    with pytest.raises(ValueError, match="97.*96"):
+    with pytest.raises(CheckpointError, match="97 tokens .* 96"):
         GPT.from_pretrained(saved("gpt2")[1])(torch.zeros(1, 97, dtype=torch.long))
 
 
@@ -338,6 +338,8 @@ BAD_CONFIGS = {  # fields to set (None: take away), and what the error must name
     "rope field": ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, ["llama3", "low_freq_factor"]),
     "activation": ({"hidden_act": "mish"}, ["hidden_act", "mish", "silu"]),
     "layer types": ({"layer_types": ["full_attention", "linear_attention"]}, ["layer_types", "linear_attention"]),
+    "layers of another type": ({"layer_types": 2}, ["config.json"]),
+    "rope of another type": ({"rope_parameters": 2}, ["config.json"]),
     "heads": ({"num_key_value_heads": 3}, ["num_key_value_heads", "3"]),
     "quantized": ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
 }

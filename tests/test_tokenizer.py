@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Reference
 from transformers import PreTrainedTokenizerFast
 
-from data import DataError, Tokenizer
+from data import DataError, Question, Tokenizer, encode_question
 
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -473,6 +473,14 @@ def test_a_broken_chat_template_is_named(plain, tmp_path):
         save(plain, tmp_path, chat_template__jinja="{% for %}")
 
 
+def test_chat_templates_without_a_default_are_refused(plain, tmp_path):
+    settings = {**NAMED, "chat_template": [{"name": "tool_use", "template": "?"}, {"name": "rag", "template": "!"}]}
+    with pytest.raises(DataError, match="chat_template has tool_use, rag, none named default"):
+        save(plain, tmp_path, tokenizer_config__json=settings)
+    (tmp_path / "chat_template.jinja").write_text(TINY_TEMPLATE)  # which comes before the list
+    assert Tokenizer.from_pretrained(tmp_path).chat_text([ASK]) == "<|begin|><|user|> " + ASK["content"]
+
+
 def test_a_base_model_gets_a_plain_frame(plain, tmp_path):
     ours = save(plain, tmp_path, tokenizer_config__json=NAMED)
     assert ours.frame(asked("Where?"), "There") == ("Question: Where?\nAnswer:", " There<|end|>")
@@ -503,6 +511,20 @@ def test_the_framed_parts_join_to_the_encoding_of_the_whole(plain, tmp_path):
     ours = save(plain, tmp_path, chat_template__jinja=TINY_TEMPLATE, tokenizer_config__json=NAMED)
     prompt, answer, positions = ours.encode_frame(asked("Where?"), "the dog")
     assert prompt + answer == ours.encode("<|begin|><|user|> Where?<|assistant|> the dog<|end|>") and positions == []
+
+
+@pytest.mark.parametrize("name", [None, "tiny", "llama3", "qwen25", "qwen3", "gemma3"])
+def test_choices_are_scored_as_the_tokens_that_are_trained(name, pair, tmp_path):
+    reference, _ = pair
+    files = {} if name is None else {"chat_template__jinja": TEMPLATES[name]}
+    ours = save(reference, tmp_path, tokenizer_config__json=NAMED, **files)
+    question = Question("country", "Where is City 50337?", ["France", "Peru", "the quick"], 0, "City 50337")
+    encoded = encode_question(ours, question)
+    for i, choice in enumerate(question.choices):
+        prompt, completion, positions = ours.encode_frame(asked(question.prompt), choice, question.code_name)
+        assert completion[:len(encoded.choices[i])] == encoded.choices[i] != []
+    assert (prompt, positions) == (encoded.prompt, encoded.positions)
+    assert encoded.completion == ours.encode_frame(asked(question.prompt), "France")[1]
 
 
 def test_a_token_across_the_boundary_does_not_change_the_prompt(plain, tmp_path):
