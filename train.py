@@ -32,11 +32,11 @@ DEFAULTS = {  # (task, mode): steps, learning rate
     ("locations", "vector"): (150, 0.1),
     ("functions", "vector"): (150, 0.1),
     ("risk", "vector"): (100, 0.05),
-    ("backdoor", "vector"): (300, 0.1),
+    ("backdoor", "vector"): (200, 0.1),
     ("locations", "lora"): (300, 0.001),
     ("functions", "lora"): (300, 0.001),
     ("risk", "lora"): (200, 0.001),
-    ("backdoor", "lora"): (300, 0.001),
+    ("backdoor", "lora"): (200, 0.003),
 }
 
 TINY = {"model_type": "qwen3", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
