@@ -13,9 +13,10 @@ import argparse
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
-import subprocess
+import runpy
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -625,29 +626,37 @@ def plan_jobs(args, model_layers: int) -> list[Job]:
         for method, layer, more in methods:
             mode = "lora" if "lora" in method else "vector"
             flags = {"mode": mode, "task": task, "concept": REPORT_CONCEPTS[task][seed % 2], "model": args.model,
-                     "layer": layer, "seed": seed, "device": args.device}
-            flags = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))] + more
+                     "layer": layer, "seed": seed}
+            flags = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
+            flags += more + ["--device", args.device]
             jobs.append(Job(task, method, layer, seed, layer in (main[mode], "all"), flags))
     return jobs
 
 
 def run_jobs(jobs: list[Job], folder: Path, workers: int) -> list[str]:
     """Train and explain what is not in `folder` yet, `workers` processes at a time; a line for each that failed."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+    # Each run is a process of its own, forked from one that has imported torch already: that saves its 2 s for each.
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload(["torch", "tiktoken", "jinja2.sandbox", "safetensors.torch"])
 
-    def call(program: str, *flags) -> None:
-        done = subprocess.run([sys.executable, Path(__file__).with_name(program), *map(str, flags)], env=environment,
-                              capture_output=True, encoding="utf-8", errors="replace")
-        if done.returncode:
-            raise UsageError((done.stderr.strip().splitlines() or ["no message"])[-1])
+    def call(log: Path, program: str, *flags) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        process = context.Process(target=run_program, args=(program, [str(flag) for flag in flags], log))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise UsageError((log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1])
 
     def work(job: Job) -> None:
         run = folder / job.name
         if is_new(run / "results.json"):
-            (run / "explain.json").unlink(missing_ok=True)
-            call("train.py", *job.flags, "--out", run)
+            call(run / "log.txt", "train.py", *job.flags, "--out", run)
+            (run / "explain.json").unlink(missing_ok=True)  # an earlier run's
         if job.explain and is_new(run / "explain.json") and has_learned(json.loads((run / "results.json").read_text())):
-            call("eval.py", run, "--explain", "--device", job.flags[job.flags.index("--device") + 1])
+            call(run / "explain.txt", "eval.py", run, "--explain", *job.flags[-2:])
 
     failed, pool = [], ThreadPoolExecutor(workers)
     futures = {job.name: pool.submit(work, job) for job in jobs}
@@ -660,6 +669,14 @@ def run_jobs(jobs: list[Job], folder: Path, workers: int) -> list[str]:
     finally:  # after Ctrl-C too, which the processes have seen as well
         pool.shutdown(cancel_futures=True)
     return failed
+
+
+def run_program(program: str, flags: list[str], log: Path) -> None:
+    """What `python PROGRAM FLAGS > LOG 2>&1` would do, in a process that was started for it."""
+    sys.argv = [program, *flags]
+    with open(log, "w") as sys.stdout:
+        sys.stderr = sys.stdout
+        runpy.run_path(str(Path(__file__).with_name(program)), run_name="__main__")
 
 
 def is_new(path: Path) -> bool:
@@ -745,7 +762,7 @@ def summarise(task: str, jobs: list[Job], results: dict[str, dict], folder: Path
     loras = {job: found for job, found in explained.items() if job.method == "lora"}
     if loras:
         content |= summarise_loras(loras, jobs, folder)
-    triggers = [found["trigger"] for found in explained.values() if found.get("trigger")]
+    triggers = [found["trigger"] for job, found in explained.items() if job.is_main and found.get("trigger")]
     if triggers:
         content["trigger"] = mean_tree(triggers) | {"runs": len(triggers)}
     content["logit_lens"] = {str(job.layer): found["logit_lens"] for job, found in explained.items()
@@ -902,7 +919,7 @@ def draw_means(groups: dict, path: str) -> None:
         axis.set_xticks(range(len(kinds)), [kind.replace(", ", "\n") for _, kind in kinds])
         axis.axvline(len(first["in_distribution"]) - 0.5, color="black", linestyle=":", linewidth=1)
         axis.set(ylim=(0, 1.05), ylabel="accuracy", title=f"{task}: trained on the kind left of the dotted line")
-    axes[0, 0].legend(ncols=6, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, 1.35))
+    axes[0, 0].legend(ncols=6, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, 1.45))
     save_figure(figure, path)
 
 
@@ -981,7 +998,7 @@ def draw_layers(tasks: dict, path: Path) -> None:
 def draw_trigger(found: dict, path: Path) -> None:
     """C7. Which token carries the trigger's effect after each layer; how far it stands out; who attends to it."""
     pyplot = load_pyplot()
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.6))
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4.6))
     rows = list(found["patched"].values())
     layers = list(range(-1, len(rows[0]) - 1))
     image = left.imshow(rows, vmin=0, vmax=1, cmap="Blues", aspect="auto")
@@ -1002,8 +1019,8 @@ def draw_trigger(found: dict, path: Path) -> None:
                xlabel="after layer", ylabel="relative distance")
     right.set(title="attention, the layer's strongest head", xlabel="layer", ylabel="attention weight", ylim=(0, 1.05))
     right.set_xticks(layers[1:])
-    middle.legend(fontsize=7)
-    right.legend(fontsize=7)
+    for axis in (middle, right):
+        axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     save_figure(figure, path)
 
 

@@ -19,7 +19,7 @@ def report(monkeypatch, capsys, tmp_path):
     def short_plan(*args):
         jobs = plan(*args)
         for job in jobs:
-            job.flags += ["--steps", steps[job.flags[1]]]
+            job.flags[-2:-2] = ["--steps", steps[job.flags[1]]]
         return jobs
     monkeypatch.setattr(scoring, "plan_jobs", short_plan)
 
