@@ -6,6 +6,7 @@
 """
 
 import json
+import math
 import os
 import platform
 import random
@@ -197,23 +198,28 @@ def train_loop(args, model, questions, parameters, steering) -> float | None:
     bar = tqdm(range(args.steps), desc=f"{args.mode} at layer {args.layer}", unit="step")
     try:
         for step in bar:
-            batches = batches or epoch_batches(lengths, args.batch_size, generator)
+            if not batches:  # the next epoch, in a new order
+                batches = list(torch.randperm(len(questions), generator=generator).split(args.batch_size))
             rows = batches.pop(0)
-            T = lengths[rows].max()
-            if kept is None:
-                residual = frozen_residual(model, tokens[rows, :T].to(args.device), steering, first)
-            else:
-                residual = pad_sequence([kept[i] for i in rows.tolist()], batch_first=True)
-            at, wanted = (x.to(args.device) for x in wanted_positions(targets[rows, :T]))
-            where = None if mask is None else mask[rows, :T].to(args.device)
-            loss = answer_loss(model, hidden_from(model, residual, first, steering, where, at), wanted)
-            if not torch.isfinite(loss):
-                raise UsageError(f"the loss is {loss.item()} at step {step}: try a smaller --lr than {args.lr}")
+            count = (targets[rows] != -100).sum().item()
             optimizer.zero_grad()
-            loss.backward()
+            losses.append(0.0)
+            for part in split_by_length(rows, lengths):
+                T = lengths[part].max()
+                if kept is None:
+                    residual = frozen_residual(model, tokens[part, :T].to(args.device), steering, first)
+                else:
+                    residual = pad_sequence([kept[i] for i in part.tolist()], batch_first=True)
+                at, wanted = (x.to(args.device) for x in wanted_positions(targets[part, :T]))
+                where = None if mask is None else mask[part, :T].to(args.device)
+                loss = answer_loss(model, hidden_from(model, residual, first, steering, where, at), wanted)
+                loss = loss * ((wanted != -100).sum() / count)  # its share of the mean over the whole batch
+                loss.backward()
+                losses[-1] += loss.item()
+            if not math.isfinite(losses[-1]):
+                raise UsageError(f"the loss is {losses[-1]} at step {step}: try a smaller --lr than {args.lr}")
             optimizer.step()
             schedule.step()
-            losses.append(loss.item())
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
     except KeyboardInterrupt:
         return None
@@ -239,18 +245,13 @@ def keep_frozen(args, model, tokens, lengths, first: int, steering) -> list[torc
     return kept
 
 
-def epoch_batches(lengths: torch.Tensor, batch_size: int, generator: torch.Generator) -> list[torch.Tensor]:
-    """All questions once, in a new order, as the row numbers of each batch.
-
-    Where padding would be a large part of the work, sixteen batches at a time are sorted by length before they are
-    cut: an epoch still sees the same. Elsewhere not, for length can go with content (a trigger adds tokens).
-    """
-    order = torch.randperm(len(lengths), generator=generator)
-    if lengths.float().mean() > 0.75 * lengths.max():
-        return list(order.split(batch_size))
-    pools = [pool[lengths[pool].argsort()] for pool in order.split(16 * batch_size)]
-    batches = [batch for pool in pools for batch in pool.split(batch_size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+def split_by_length(rows: torch.Tensor, lengths: torch.Tensor) -> list[torch.Tensor]:
+    """The rows of a batch in up to four parts of like lengths, whose gradients add up to the batch's: less padding and
+    less memory. One part where padding is little work, or where parts would be too small to keep the device busy."""
+    total, longest = lengths[rows].sum().item(), lengths[rows].max().item()
+    if total > 0.9 * len(rows) * longest:
+        return [rows]
+    return list(rows[lengths[rows].argsort()].chunk(min(4, 1 + total // 256)))
 
 
 def wanted_positions(targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
