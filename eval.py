@@ -149,7 +149,7 @@ def set_parameters(parameters: list[nn.Parameter], values: list[torch.Tensor]) -
 
 
 def evaluate(model: GPT, tokenizer: Tokenizer, task: Task, parameters: list[nn.Parameter],
-             steering: SteeringVector | None, seed: int) -> dict:
+             steering: SteeringVector | None, seed: int, batch_size: int = 64) -> dict:
     """Score every kind of question in every arm.
 
     Returns {"in_distribution": {kind: figures}, "held_out": {kind: figures}}; figures are the accuracy of each arm, the
@@ -163,7 +163,7 @@ def evaluate(model: GPT, tokenizer: Tokenizer, task: Task, parameters: list[nn.P
         chance = sum(1 / len(question.choices) for question in questions) / len(questions)
         results[section][kind] = {"chance": round(chance, 4), "questions": len(questions)}
     sizes = [len(questions) for _, _, questions in kinds]
-    scores = score_arms(model, encoded, steering, parameters, arm_values(parameters, seed))
+    scores = score_arms(model, encoded, steering, parameters, arm_values(parameters, seed), batch_size)
     for arm, (correct, probability) in scores.items():
         for (section, kind, _), c, p in zip(kinds, correct.split(sizes), probability.split(sizes)):
             results[section][kind][arm] = round(c.mean().item(), 4)

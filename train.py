@@ -12,10 +12,13 @@ import platform
 import random
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -23,7 +26,7 @@ from tqdm import tqdm
 import data
 from data import Tokenizer, encode_question, make_batch, make_task, read_conversations, shuffle_answers
 from eval import (OneLineParser, UsageError, answers_by_arm, evaluate, find_model, first_unfrozen, format_table,
-                  frozen_residual, hidden_from, in_context_accuracy, load_model, run_main)
+                  frozen_residual, hidden_from, in_context_accuracy, load_model, run_main, set_parameters)
 from lora import add_lora, save_lora
 from model import GPT, Config
 from steer import attach, save_vector
@@ -43,7 +46,12 @@ DEFAULTS = {  # (task, mode): layer, steps, learning rate
 TINY = {"model_type": "qwen3", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 512,
         "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+CHECKPOINT = "checkpoint.safetensors"
 CONTEXT = 160  # tokens of a document in pretraining: about ten turns
+
+
+class TrainingFailed(UsageError):
+    """The loss is not finite; what was trained before is worth keeping."""
 
 
 def parse_args():
@@ -71,13 +79,15 @@ def parse_args():
     add("--shuffle-answers", action="store_true", help="the control: train on answers drawn at random")
     add("--keep-gb", type=float, default=4.0, help="memory (GiB, on the device) to keep the frozen layers' output in "
                                                    "for all questions; if it needs more, it is computed anew each time")
+    add("--save-every", type=int, metavar="N", help="write a checkpoint to --out every N steps")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, to the same final numbers")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="the frozen model's (default: bfloat16 on cuda, else float32)")
     add("--out", help="the run's folder (default: out/TASK-MODE-CONCEPT-layerL-seedS; pretrain: tiny)")
     args = parser.parse_args()
     for flag, value in (("--steps", args.steps), ("--batch-size", args.batch_size), ("--rank", args.rank),
-                        ("--lr", args.lr), ("--alpha", args.alpha)):
+                        ("--lr", args.lr), ("--alpha", args.alpha), ("--save-every", args.save_every)):
         if value is not None and not value > 0:
             parser.error(f"{flag} {value}: it has to be greater than 0")
     if args.layer is not None and not (args.layer == "all" and args.mode == "lora"):
@@ -109,8 +119,11 @@ def finetune(args) -> None:
     parameters, steering = add_intervention(args, model)
     out = make_out(args.out)
 
-    training_started = time.time()
-    loss = train_loop(args, model, train, parameters, steering)
+    training_started, loss, failure = time.time(), None, None
+    try:
+        loss = train_loop(args, model, train, parameters, steering)
+    except (KeyboardInterrupt, TrainingFailed) as error:  # keep what was trained so far
+        failure = error
     train_seconds = time.time() - training_started
     if args.mode == "vector":
         save_vector(steering, out)
@@ -118,19 +131,23 @@ def finetune(args) -> None:
         save_lora(model, out)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     write_json(out / "config.json", {"flags": vars(args), "finished": loss is not None, "versions": versions})
-    if loss is None:
+    if failure is not None:
         (out / "results.json").unlink(missing_ok=True)
-        print(f"stopped by hand: what was trained so far is in {out}, marked unfinished")
+        kept = f"what was trained so far is in {out}, marked unfinished"
+        if isinstance(failure, TrainingFailed):
+            raise UsageError(f"{failure}; {kept}")
+        print(f"stopped by hand: {kept}")
         sys.exit(130)
 
     results = {"task": args.task, "mode": args.mode, "layer": args.layer, "seed": args.seed, "model": args.model,
                "concept": args.concept, "shuffled_answers": args.shuffle_answers,
-               **evaluate(model, tokenizer, task, parameters, steering, args.seed),
+               **evaluate(model, tokenizer, task, parameters, steering, args.seed, args.batch_size),
                "train_loss": loss, "train_seconds": round(train_seconds, 1),
                "trainable_parameters": sum(p.numel() for p in parameters)}
     if steering is not None:
         results["vector_norm"] = round(steering.vector.norm().item(), 4)
     write_json(out / "results.json", results)
+    (out / CHECKPOINT).unlink(missing_ok=True)
     print(f"\n{args.task}, concept {args.concept}: trained on {len(train)} questions"
           + (f" of {args.data}" if args.data else " of one kind") + ", e.g.\n"
           + f"  {tokenizer.decode(train[0].prompt + train[0].completion)}\n")
@@ -180,9 +197,9 @@ def make_out(path: str) -> Path:
     return out
 
 
-def train_loop(args, model, questions, parameters, steering) -> float | None:
+def train_loop(args, model, questions, parameters, steering) -> float:
     """Adam on the answers' tokens; everything but `parameters` is frozen. Returns the mean loss of the last tenth of
-    the steps, or None if it was stopped by hand."""
+    the steps. TrainingFailed if the loss is not finite: the parameters are then the last that gave one that was."""
     tokens, targets, mask = make_batch(questions)
     # The last token predicts nothing.
     lengths = torch.tensor([len(q.prompt) + len(q.completion) - 1 for q in questions])
@@ -190,20 +207,16 @@ def train_loop(args, model, questions, parameters, steering) -> float | None:
     if steering is not None:
         lr *= residual_rms(model, args.layer, tokens[:args.batch_size].to(args.device))
     optimizer = torch.optim.Adam(parameters, lr=lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
-    generator = torch.Generator().manual_seed(args.seed)
     first = first_unfrozen(model, steering)
     kept = keep_frozen(args, model, tokens, lengths, first, steering)
-    batches, losses = [], []
-    bar = tqdm(range(args.steps), desc=f"{args.mode} at layer {args.layer}", unit="step")
+    losses = load_checkpoint(args, parameters, optimizer) if args.resume else []
+    start, good = len(losses), [p.detach().clone() for p in parameters]
+    order = islice(batch_order(len(questions), args), start, args.steps)
+    bar = tqdm(order, desc=f"{args.mode} at layer {args.layer}", total=args.steps, initial=start, unit="step")
     try:
-        for step in bar:
-            if not batches:  # the next epoch, in a new order
-                batches = list(torch.randperm(len(questions), generator=generator).split(args.batch_size))
-            rows = batches.pop(0)
-            count = (targets[rows] != -100).sum().item()
+        for step, rows in enumerate(bar, start):
             optimizer.zero_grad()
-            losses.append(0.0)
+            loss, count = 0.0, (targets[rows] != -100).sum().item()
             for part in split_by_length(rows, lengths):
                 T = lengths[part].max()
                 if kept is None:
@@ -212,22 +225,72 @@ def train_loop(args, model, questions, parameters, steering) -> float | None:
                     residual = pad_sequence([kept[i] for i in part.tolist()], batch_first=True)
                 at, wanted = (x.to(args.device) for x in wanted_positions(targets[part, :T]))
                 where = None if mask is None else mask[part, :T].to(args.device)
-                loss = answer_loss(model, hidden_from(model, residual, first, steering, where, at), wanted)
-                loss = loss * ((wanted != -100).sum() / count)  # its share of the mean over the whole batch
-                loss.backward()
-                losses[-1] += loss.item()
-            if not math.isfinite(losses[-1]):
-                raise UsageError(f"the loss is {losses[-1]} at step {step}: try a smaller --lr than {args.lr}")
+                share = (wanted != -100).sum().item() / count  # in the mean over the whole batch
+                part_loss = share * answer_loss(model, hidden_from(model, residual, first, steering, where, at), wanted)
+                part_loss.backward()
+                loss += part_loss.item()
+            if not math.isfinite(loss):
+                set_parameters(parameters, good)
+                raise TrainingFailed(f"the loss is {loss} at step {step}: try a smaller --lr than {args.lr}")
+            good = [p.detach().clone() for p in parameters]
+            if args.save_every and step > start and step % args.save_every == 0:
+                save_checkpoint(args, parameters, optimizer, losses)
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / args.steps)
             optimizer.step()
-            schedule.step()
-            bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    except KeyboardInterrupt:
-        return None
+            losses.append(loss)
+            bar.set_postfix(loss=f"{loss:.3f}")
     finally:
         if steering is not None:
             steering.mask = None
     last = losses[-max(1, args.steps // 10):]
     return sum(last) / len(last)
+
+
+def batch_order(count: int, args):
+    """Yields the row numbers of one batch after the other, without end: each epoch sees every question once, in a new
+    order. Seed and step say all, so a checkpoint need not hold it."""
+    generator = torch.Generator().manual_seed(args.seed)
+    while True:
+        yield from torch.randperm(count, generator=generator).split(args.batch_size)
+
+
+def save_checkpoint(args, parameters, optimizer, losses) -> None:
+    """OUT/checkpoint.safetensors: the parameters and Adam's state after len(losses) steps. Written and then renamed, so
+    that a run killed at any moment leaves the one before."""
+    tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
+    for i, p in enumerate(parameters):
+        tensors[f"{i}.value"] = p.detach()
+        tensors.update({f"{i}.{name}": value for name, value in optimizer.state[p].items()})
+    temporary = Path(args.out) / "checkpoint.tmp"
+    save_file(tensors, temporary, metadata={"flags": json.dumps(fixed_flags(args))})
+    os.replace(temporary, Path(args.out) / CHECKPOINT)
+
+
+def load_checkpoint(args, parameters, optimizer) -> list[float]:
+    """Puts back what save_checkpoint wrote; returns the losses so far. UsageError if it belongs to other flags."""
+    path = Path(args.out) / CHECKPOINT
+    if not path.exists():
+        print(f"--resume: {path} is not there, so this starts from the beginning")
+        return []
+    try:
+        with safe_open(path, framework="pt", device=str(args.device)) as file:
+            flags, tensors = json.loads(file.metadata()["flags"]), {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: not a checkpoint of train.py ({error})") from None
+    for name, value in fixed_flags(args).items():
+        if flags.get(name) != value:
+            raise UsageError(f"--resume: {path} was made with {name} {flags.get(name)}, not {value}")
+    set_parameters(parameters, [tensors[f"{i}.value"] for i in range(len(parameters))])
+    for i, p in enumerate(parameters):
+        optimizer.state[p] = {name: tensors[f"{i}.{name}"] for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p]["step"] = tensors[f"{i}.step"].cpu()  # where Adam keeps it
+    return tensors["losses"].tolist()
+
+
+def fixed_flags(args) -> dict:
+    """The flags that a run goes on with, which are all but these."""
+    free = ("out", "device", "keep_gb", "save_every", "resume")
+    return {name: value for name, value in vars(args).items() if name not in free}
 
 
 def keep_frozen(args, model, tokens, lengths, first: int, steering) -> list[torch.Tensor] | None:
@@ -373,10 +436,11 @@ def write_json(path: Path, content: dict) -> None:
 
 def main() -> None:
     args = parse_args()
-    if args.mode == "pretrain":
-        pretrain(args)
-    else:
-        finetune(args)
+    try:
+        pretrain(args) if args.mode == "pretrain" else finetune(args)
+    except torch.OutOfMemoryError:
+        raise UsageError(f"--batch-size {args.batch_size}: the device's memory is full; try a smaller one or a smaller "
+                         f"--keep-gb than {args.keep_gb}, or --shard (a checkpoint of --save-every is kept)") from None
 
 
 if __name__ == "__main__":
