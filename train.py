@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,7 +27,8 @@ from tqdm import tqdm
 import data
 from data import Tokenizer, encode_question, make_batch, make_task, read_conversations, shuffle_answers
 from eval import (OneLineParser, UsageError, answers_by_arm, evaluate, find_model, first_unfrozen, format_table,
-                  frozen_residual, hidden_from, in_context_accuracy, load_model, run_main, set_parameters)
+                  frozen_residual, hidden_from, in_context_accuracy, load_model, rank_and_world, run_main,
+                  set_parameters)
 from lora import add_lora, save_lora
 from model import GPT, Config
 from steer import attach, save_vector
@@ -81,6 +83,8 @@ def parse_args():
                                                    "for all questions; if it needs more, it is computed anew each time")
     add("--save-every", type=int, metavar="N", help="write a checkpoint to --out every N steps")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, to the same final numbers")
+    add("--shard", action="store_true", help="under torchrun: split the frozen model over all processes, for one that "
+                                             "does not fit one device")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="the frozen model's (default: bfloat16 on cuda, else float32)")
@@ -109,7 +113,7 @@ def finetune(args) -> None:
     fill_defaults(args)
     task = make_task(args.task, args.concept, args.seed, args.answers, args.at)
     torch.manual_seed(args.seed)
-    model, tokenizer = load_model(args.model, args.device, args.dtype, args.random_init)
+    model, tokenizer = load_model(args.model, args.device, args.dtype, args.random_init, args.shard)
     if args.data:
         train = read_conversations(args.data, tokenizer)
     else:
@@ -117,7 +121,7 @@ def finetune(args) -> None:
         train = [encode_question(tokenizer, question) for question in shuffled]
     torch.manual_seed(args.seed)
     parameters, steering = add_intervention(args, model)
-    out = make_out(args.out)
+    out, is_first = make_out(args.out), rank_and_world()[0] == 0
 
     training_started, loss, failure = time.time(), None, None
     try:
@@ -125,12 +129,10 @@ def finetune(args) -> None:
     except (KeyboardInterrupt, TrainingFailed) as error:  # keep what was trained so far
         failure = error
     train_seconds = time.time() - training_started
-    if args.mode == "vector":
-        save_vector(steering, out)
-    else:
-        save_lora(model, out)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    write_json(out / "config.json", {"flags": vars(args), "finished": loss is not None, "versions": versions})
+    if is_first:
+        save_vector(steering, out) if args.mode == "vector" else save_lora(model, out)
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        write_json(out / "config.json", {"flags": vars(args), "finished": loss is not None, "versions": versions})
     if failure is not None:
         (out / "results.json").unlink(missing_ok=True)
         kept = f"what was trained so far is in {out}, marked unfinished"
@@ -146,8 +148,9 @@ def finetune(args) -> None:
                "trainable_parameters": sum(p.numel() for p in parameters)}
     if steering is not None:
         results["vector_norm"] = round(steering.vector.norm().item(), 4)
-    write_json(out / "results.json", results)
-    (out / CHECKPOINT).unlink(missing_ok=True)
+    if is_first:
+        write_json(out / "results.json", results)
+        (out / CHECKPOINT).unlink(missing_ok=True)
     print(f"\n{args.task}, concept {args.concept}: trained on {len(train)} questions"
           + (f" of {args.data}" if args.data else " of one kind") + ", e.g.\n"
           + f"  {tokenizer.decode(train[0].prompt + train[0].completion)}\n")
@@ -210,14 +213,18 @@ def train_loop(args, model, questions, parameters, steering) -> float:
     first = first_unfrozen(model, steering)
     kept = keep_frozen(args, model, tokens, lengths, first, steering)
     losses = load_checkpoint(args, parameters, optimizer) if args.resume else []
+    rank, world = rank_and_world()
     start, good = len(losses), [p.detach().clone() for p in parameters]
     order = islice(batch_order(len(questions), args), start, args.steps)
-    bar = tqdm(order, desc=f"{args.mode} at layer {args.layer}", total=args.steps, initial=start, unit="step")
+    bar = tqdm(order, desc=f"{args.mode} at layer {args.layer}", total=args.steps, initial=start, unit="step",
+               disable=rank > 0)
     try:
         for step, rows in enumerate(bar, start):
             optimizer.zero_grad()
             loss, count = 0.0, (targets[rows] != -100).sum().item()
-            for part in split_by_length(rows, lengths):
+            # Each process takes its share; where there are too few rows for all, one that counts nothing.
+            mine = rows[rank::world] if rank < len(rows) else rows[:1]
+            for part in [mine] if args.shard else split_by_length(mine, lengths):
                 T = lengths[part].max()
                 if kept is None:
                     residual = frozen_residual(model, tokens[part, :T].to(args.device), steering, first)
@@ -225,15 +232,17 @@ def train_loop(args, model, questions, parameters, steering) -> float:
                     residual = pad_sequence([kept[i] for i in part.tolist()], batch_first=True)
                 at, wanted = (x.to(args.device) for x in wanted_positions(targets[part, :T]))
                 where = None if mask is None else mask[part, :T].to(args.device)
-                share = (wanted != -100).sum().item() / count  # in the mean over the whole batch
+                share = (wanted != -100).sum().item() / count if rank < len(rows) else 0.0  # in the whole batch's mean
                 part_loss = share * answer_loss(model, hidden_from(model, residual, first, steering, where, at), wanted)
                 part_loss.backward()
                 loss += part_loss.item()
+            if world > 1:
+                loss = add_up(parameters, loss)
             if not math.isfinite(loss):
                 set_parameters(parameters, good)
                 raise TrainingFailed(f"the loss is {loss} at step {step}: try a smaller --lr than {args.lr}")
             good = [p.detach().clone() for p in parameters]
-            if args.save_every and step > start and step % args.save_every == 0:
+            if args.save_every and rank == 0 and step > start and step % args.save_every == 0:
                 save_checkpoint(args, parameters, optimizer, losses)
             optimizer.param_groups[0]["lr"] = lr * (1 - step / args.steps)
             optimizer.step()
@@ -244,6 +253,14 @@ def train_loop(args, model, questions, parameters, steering) -> float:
             steering.mask = None
     last = losses[-max(1, args.steps // 10):]
     return sum(last) / len(last)
+
+
+def add_up(parameters, loss: float) -> float:
+    """Adds up the processes' gradients, in place, and their shares of the loss: nothing else ever travels."""
+    total = torch.tensor(loss, dtype=torch.float64, device=parameters[0].device)
+    for tensor in (total, *(p.grad for p in parameters)):
+        dist.all_reduce(tensor)
+    return total.item()
 
 
 def batch_order(count: int, args):
@@ -289,7 +306,7 @@ def load_checkpoint(args, parameters, optimizer) -> list[float]:
 
 def fixed_flags(args) -> dict:
     """The flags that a run goes on with, which are all but these."""
-    free = ("out", "device", "keep_gb", "save_every", "resume")
+    free = ("out", "device", "keep_gb", "save_every", "resume", "shard")
     return {name: value for name, value in vars(args).items() if name not in free}
 
 
@@ -300,10 +317,18 @@ def keep_frozen(args, model, tokens, lengths, first: int, steering) -> list[torc
     size = lengths.sum().item() * weight.shape[1] * weight.itemsize
     if size > args.keep_gb * 2 ** 30 or first == 0 or args.steps * args.batch_size <= len(tokens):
         return None
-    kept = [None] * len(tokens)
-    for rows in lengths.argsort().split(args.batch_size):
-        residual = frozen_residual(model, tokens[rows, :lengths[rows].max()].to(args.device), steering, first)
-        for i, x in zip(rows.tolist(), residual):
+    kept, (rank, world) = [None] * len(tokens), rank_and_world()
+    chunks = lengths.argsort().split(args.batch_size)
+    for number, rows in enumerate(chunks):
+        if number % world == 0:  # each process computes one of the next `world` chunks, and gives it to the others
+            own = chunks[min(number + rank, len(chunks) - 1)]
+            residual = frozen_residual(model, tokens[own, :lengths[own].max()].to(args.device), steering, first)
+        shared = residual
+        if world > 1:
+            if number % world != rank:
+                shared = residual.new_empty(len(rows), lengths[rows].max(), residual.shape[2])
+            dist.broadcast(shared, src=number % world)
+        for i, x in zip(rows.tolist(), shared):
             kept[i] = x[:lengths[i]].clone()
     return kept
 
@@ -434,13 +459,33 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(temporary, path)
 
 
+def join_processes(args) -> None:
+    """Under torchrun: meet the other processes. Each gets a device of its own; only the first prints and writes."""
+    if "LOCAL_RANK" not in os.environ:
+        if args.shard:
+            raise UsageError("--shard: it needs several processes, torchrun --nproc_per_node=N train.py ...")
+        return
+    if args.mode == "pretrain":
+        raise UsageError("--mode pretrain: it runs in one process, without torchrun")
+    if args.device.startswith("cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
 def main() -> None:
     args = parse_args()
+    join_processes(args)
     try:
         pretrain(args) if args.mode == "pretrain" else finetune(args)
     except torch.OutOfMemoryError:
         raise UsageError(f"--batch-size {args.batch_size}: the device's memory is full; try a smaller one or a smaller "
                          f"--keep-gb than {args.keep_gb}, or --shard (a checkpoint of --save-every is kept)") from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def ours(args, work: str, questions):
         steering = attach(model, args.layer)
         parameters = [steering.vector]
     flags = SimpleNamespace(mode=work, layer=args.layer, lr=LEARNING_RATE, steps=0, batch_size=args.batch_size, seed=0,
-                            device=args.device, keep_gb=4.0, save_every=None, resume=False)
+                            device=args.device, keep_gb=4.0, save_every=None, resume=False, shard=False)
 
     def run(steps):
         values = [value.to(args.device) for value in initial_values([p.shape for p in parameters])]

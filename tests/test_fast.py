@@ -79,7 +79,7 @@ def intervene(model, mode, layer):
 
 def flags(mode, layer, **others):
     return SimpleNamespace(**dict(dict(mode=mode, layer=layer, lr=0.02, steps=9, batch_size=4, seed=0, device="cpu",
-                                       keep_gb=1.0, save_every=None, resume=False), **others))
+                                       keep_gb=1.0, save_every=None, resume=False, shard=False), **others))
 
 
 def plain_loop(args, model, questions, parameters, steering):
