@@ -25,6 +25,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -46,6 +47,11 @@ class UsageError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------------- scoring
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are: 0 and 1, unless torchrun has started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def first_unfrozen(model: GPT, steering: SteeringVector | None) -> int:
@@ -89,12 +95,14 @@ def score_arms(model: GPT, questions: list[EncodedQuestion], steering: SteeringV
                batch_size: int = 64) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """What score returns, for each arm: with `parameters` set to each of these values in turn. The last arm's stay.
 
-    A prompt is computed once for all its choices, and below the vector or the LoRA once for all arms.
+    A prompt is computed once for all its choices, and below the vector or the LoRA once for all arms. Several processes
+    share the questions out, unless the model is sharded: then they have to run its blocks together.
     """
+    rank, world = (0, 1) if model.sharded else rank_and_world()
     device, first = model.embed_tokens.weight.device, first_unfrozen(model, steering)
     totals = {arm: [None] * len(questions) for arm in arms}  # log-probability of each choice
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))  # like lengths: little padding
-    for start in range(0, len(order), batch_size):
+    for start in range(rank * batch_size, len(order), world * batch_size):
         numbers = order[start:start + batch_size]
         batch = [questions[i] for i in numbers]
         T = len(batch[-1].prompt)
@@ -117,6 +125,11 @@ def score_arms(model: GPT, questions: list[EncodedQuestion], steering: SteeringV
                 totals[arm][i] = total
     if steering is not None:
         steering.mask = None
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, totals)
+        totals = {arm: [next(t for t in found if t is not None) for found in zip(*(other[arm] for other in gathered))]
+                  for arm in arms}
     results = {}
     for arm, of_arm in totals.items():
         correct = [total.argmax().item() == q.answer for total, q in zip(of_arm, questions)]
@@ -165,7 +178,7 @@ def set_parameters(parameters: list[nn.Parameter], values: list[torch.Tensor]) -
 
 
 def evaluate(model: GPT, tokenizer: Tokenizer, task: Task, parameters: list[nn.Parameter],
-             steering: SteeringVector | None, seed: int) -> dict:
+             steering: SteeringVector | None, seed: int, batch_size: int = 64) -> dict:
     """Score every kind of question in every arm.
 
     Returns {"in_distribution": {kind: figures}, "held_out": {kind: figures}}; figures are the accuracy of each arm, the
@@ -179,7 +192,7 @@ def evaluate(model: GPT, tokenizer: Tokenizer, task: Task, parameters: list[nn.P
         chance = sum(1 / len(question.choices) for question in questions) / len(questions)
         results[section][kind] = {"chance": round(chance, 4), "questions": len(questions)}
     sizes = [len(questions) for _, _, questions in kinds]
-    scores = score_arms(model, encoded, steering, parameters, arm_values(parameters, seed))
+    scores = score_arms(model, encoded, steering, parameters, arm_values(parameters, seed), batch_size)
     for arm, (correct, probability) in scores.items():
         for (section, kind, _), c, p in zip(kinds, correct.split(sizes), probability.split(sizes)):
             results[section][kind][arm] = round(c.mean().item(), 4)
@@ -265,7 +278,8 @@ def find_model(name: str) -> Path:
     return Path(__file__).parent / "tiny" if name == "tiny" else find_checkpoint(name)
 
 
-def load_model(name: str, device: str, dtype: str, random_init: bool = False) -> tuple[GPT, Tokenizer]:
+def load_model(name: str, device: str, dtype: str, random_init: bool = False,
+               shard: bool = False) -> tuple[GPT, Tokenizer]:
     """A frozen model and its tokenizer. random_init: weights drawn at random in the shape of the folder's config.json,
     and the embedded model's tokenizer if the folder has none; to measure time and memory."""
     try:
@@ -274,7 +288,9 @@ def load_model(name: str, device: str, dtype: str, random_init: bool = False) ->
         raise UsageError(f"--device {device}: there is none on this machine; choose cpu or cuda") from None
     folder = find_model(name)
     if not random_init:
-        return GPT.from_pretrained(folder, device, getattr(torch, dtype)), Tokenizer.from_pretrained(folder)
+        return GPT.from_pretrained(folder, device, getattr(torch, dtype), shard), Tokenizer.from_pretrained(folder)
+    if shard:
+        raise UsageError("--shard: it goes with weights from a checkpoint, not with --random-init")
     usual = torch.get_default_dtype()
     try:
         torch.set_default_dtype(getattr(torch, dtype))

@@ -314,6 +314,8 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The decoder: GPT(config) has random weights, GPT.from_pretrained(name_or_dir) those of a checkpoint."""
+    sharded = False  # are the blocks split over several processes?
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -406,23 +408,38 @@ class GPT(nn.Module):
         return tokens
 
     @classmethod
-    def from_pretrained(cls, name_or_dir: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> "GPT":
+    def from_pretrained(cls, name_or_dir: str | Path, device="cpu", dtype: torch.dtype = torch.float32,
+                        shard: bool = False) -> "GPT":
         """The model of a checkpoint folder or hub name, frozen, in eval mode; CheckpointError if it is not whole.
 
         Each tensor goes from its file to the device on its own: beside the model, memory holds at most one shard.
+        shard: the processes that torchrun started split every block between them (FSDP2; embedding and unembedding are
+        whole on each), and put one block together while it runs.
         """
+        if shard:  # these imports take a second
+            import torch.distributed as dist
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+            from torch.distributed.tensor import DTensor, distribute_tensor
         folder = find_checkpoint(name_or_dir)
         config = Config.from_pretrained(folder)
         with torch.device("meta"):  # shapes without memory
             model = cls(config)
+        if shard:
+            mesh, model.sharded = init_device_mesh(torch.device(device).type, (dist.get_world_size(),)), True
+            for block in model.layers:
+                fully_shard(block, mesh=mesh, reshard_after_forward=True)
         missing = dict(model.named_parameters())  # a tied lm_head is in it once, as embed_tokens
         for path, name, tensor in read_tensors(folder):
             if name == "lm_head.weight" and config.tie_word_embeddings:
                 continue  # some files hold it all the same
             require(name in missing, f"{path}: tensor {name} comes twice, or a model of this config.json has none")
-            shape, asked = tuple(tensor.shape), tuple(missing.pop(name).shape)
+            parameter = missing.pop(name)
+            shape, asked = tuple(tensor.shape), tuple(parameter.shape)
             require(shape == asked, f"{path}: tensor {name} has the shape {shape}, but config.json asks for {asked}")
             weight = torch.empty(asked, device=device, dtype=dtype).copy_(tensor)
+            if shard and isinstance(parameter, DTensor):  # keep this process's part
+                weight = distribute_tensor(weight, mesh, parameter.placements, src_data_rank=None)
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
         require(not missing, f"{folder}: no file holds the tensor {min(missing, default='')} ({len(missing)} missing)")

@@ -6,15 +6,20 @@
 """
 
 import json
+import math
 import os
 import platform
 import random
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -22,7 +27,8 @@ from tqdm import tqdm
 import data
 from data import Tokenizer, encode_question, make_batch, make_task, read_conversations, shuffle_answers
 from eval import (OneLineParser, UsageError, answers_by_arm, default_layer, evaluate, find_model, first_unfrozen,
-                  format_table, frozen_residual, hidden_from, in_context_accuracy, load_model, run_main, write_json)
+                  format_table, frozen_residual, hidden_from, in_context_accuracy, load_model, rank_and_world, run_main,
+                  set_parameters, write_json)
 from lora import add_lora, save_lora
 from model import GPT, Config
 from steer import attach, save_vector
@@ -42,7 +48,12 @@ DEFAULTS = {  # (task, mode): steps, learning rate
 TINY = {"model_type": "qwen3", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 512,
         "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+CHECKPOINT = "checkpoint.safetensors"
 CONTEXT = 160  # tokens of a document in pretraining: about ten turns
+
+
+class TrainingFailed(UsageError):
+    """The loss is not finite; what was trained before is worth keeping."""
 
 
 def parse_args():
@@ -70,13 +81,17 @@ def parse_args():
     add("--shuffle-answers", action="store_true", help="the control: train on answers drawn at random")
     add("--keep-gb", type=float, default=4.0, help="memory (GiB, on the device) to keep the frozen layers' output in "
                                                    "for all questions; if it needs more, it is computed anew each time")
+    add("--save-every", type=int, metavar="N", help="write a checkpoint to --out every N steps")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, to the same final numbers")
+    add("--shard", action="store_true", help="under torchrun: split the frozen model over all processes, for one that "
+                                             "does not fit one device")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="the frozen model's (default: bfloat16 on cuda, else float32)")
     add("--out", help="the run's folder (default: out/TASK-MODE-CONCEPT-layerL-seedS; pretrain: tiny)")
     args = parser.parse_args()
     for flag, value in (("--steps", args.steps), ("--batch-size", args.batch_size), ("--rank", args.rank),
-                        ("--lr", args.lr), ("--alpha", args.alpha)):
+                        ("--lr", args.lr), ("--alpha", args.alpha), ("--save-every", args.save_every)):
         if value is not None and not value > 0:
             parser.error(f"{flag} {value}: it has to be greater than 0")
     if args.layer is not None and not (args.layer == "all" and args.mode == "lora"):
@@ -98,7 +113,7 @@ def finetune(args) -> None:
     fill_defaults(args)
     task = make_task(args.task, args.concept, args.seed, args.answers, args.at)
     torch.manual_seed(args.seed)
-    model, tokenizer = load_model(args.model, args.device, args.dtype, args.random_init)
+    model, tokenizer = load_model(args.model, args.device, args.dtype, args.random_init, args.shard)
     if args.data:
         train = read_conversations(args.data, tokenizer)
     else:
@@ -106,30 +121,36 @@ def finetune(args) -> None:
         train = [encode_question(tokenizer, question) for question in shuffled]
     torch.manual_seed(args.seed)
     parameters, steering = add_intervention(args, model)
-    out = make_out(args.out)
+    out, is_first = make_out(args.out), rank_and_world()[0] == 0
 
-    training_started = time.time()
-    loss = train_loop(args, model, train, parameters, steering)
+    training_started, loss, failure = time.time(), None, None
+    try:
+        loss = train_loop(args, model, train, parameters, steering)
+    except (KeyboardInterrupt, TrainingFailed) as error:  # keep what was trained so far
+        failure = error
     train_seconds = time.time() - training_started
-    if args.mode == "vector":
-        save_vector(steering, out)
-    else:
-        save_lora(model, out)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    write_json(out / "config.json", {"flags": vars(args), "finished": loss is not None, "versions": versions})
-    if loss is None:
+    if is_first:
+        save_vector(steering, out) if args.mode == "vector" else save_lora(model, out)
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        write_json(out / "config.json", {"flags": vars(args), "finished": loss is not None, "versions": versions})
+    if failure is not None:
         (out / "results.json").unlink(missing_ok=True)
-        print(f"stopped by hand: what was trained so far is in {out}, marked unfinished")
+        kept = f"what was trained so far is in {out}, marked unfinished"
+        if isinstance(failure, TrainingFailed):
+            raise UsageError(f"{failure}; {kept}")
+        print(f"stopped by hand: {kept}")
         sys.exit(130)
 
     results = {"task": args.task, "mode": args.mode, "layer": args.layer, "seed": args.seed, "model": args.model,
                "concept": args.concept, "shuffled_answers": args.shuffle_answers,
-               **evaluate(model, tokenizer, task, parameters, steering, args.seed),
+               **evaluate(model, tokenizer, task, parameters, steering, args.seed, args.batch_size),
                "train_loss": loss, "train_seconds": round(train_seconds, 1),
                "trainable_parameters": sum(p.numel() for p in parameters)}
     if steering is not None:
         results["vector_norm"] = round(steering.vector.norm().item(), 4)
-    write_json(out / "results.json", results)
+    if is_first:
+        write_json(out / "results.json", results)
+        (out / CHECKPOINT).unlink(missing_ok=True)
     print(f"\n{args.task}, concept {args.concept}: trained on {len(train)} questions"
           + (f" of {args.data}" if args.data else " of one kind") + ", e.g.\n"
           + f"  {tokenizer.decode(train[0].prompt + train[0].completion)}\n")
@@ -179,9 +200,9 @@ def make_out(path: str) -> Path:
     return out
 
 
-def train_loop(args, model, questions, parameters, steering) -> float | None:
+def train_loop(args, model, questions, parameters, steering) -> float:
     """Adam on the answers' tokens; everything but `parameters` is frozen. Returns the mean loss of the last tenth of
-    the steps, or None if it was stopped by hand."""
+    the steps. TrainingFailed if the loss is not finite: the parameters are then the last that gave one that was."""
     tokens, targets, mask = make_batch(questions)
     # The last token predicts nothing.
     lengths = torch.tensor([len(q.prompt) + len(q.completion) - 1 for q in questions])
@@ -189,39 +210,104 @@ def train_loop(args, model, questions, parameters, steering) -> float | None:
     if steering is not None:
         lr *= residual_rms(model, args.layer, tokens[:args.batch_size].to(args.device))
     optimizer = torch.optim.Adam(parameters, lr=lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
-    generator = torch.Generator().manual_seed(args.seed)
     first = first_unfrozen(model, steering)
     kept = keep_frozen(args, model, tokens, lengths, first, steering)
-    batches, losses = [], []
-    bar = tqdm(range(args.steps), desc=f"{args.mode} at layer {args.layer}", unit="step")
+    losses = load_checkpoint(args, parameters, optimizer) if args.resume else []
+    rank, world = rank_and_world()
+    start, good = len(losses), [p.detach().clone() for p in parameters]
+    order = islice(batch_order(len(questions), args), start, args.steps)
+    bar = tqdm(order, desc=f"{args.mode} at layer {args.layer}", total=args.steps, initial=start, unit="step",
+               disable=rank > 0)
     try:
-        for step in bar:
-            batches = batches or epoch_batches(lengths, args.batch_size, generator)
-            rows = batches.pop(0)
-            T = lengths[rows].max()
-            if kept is None:
-                residual = frozen_residual(model, tokens[rows, :T].to(args.device), steering, first)
-            else:
-                residual = pad_sequence([kept[i] for i in rows.tolist()], batch_first=True)
-            at, wanted = (x.to(args.device) for x in wanted_positions(targets[rows, :T]))
-            where = None if mask is None else mask[rows, :T].to(args.device)
-            loss = answer_loss(model, hidden_from(model, residual, first, steering, where, at), wanted)
-            if not torch.isfinite(loss):
-                raise UsageError(f"the loss is {loss.item()} at step {step}: try a smaller --lr than {args.lr}")
+        for step, rows in enumerate(bar, start):
             optimizer.zero_grad()
-            loss.backward()
+            loss, count = 0.0, (targets[rows] != -100).sum().item()
+            # Each process takes its share; where there are too few rows for all, one that counts nothing.
+            mine = rows[rank::world] if rank < len(rows) else rows[:1]
+            for part in [mine] if args.shard else split_by_length(mine, lengths):
+                T = lengths[part].max()
+                if kept is None:
+                    residual = frozen_residual(model, tokens[part, :T].to(args.device), steering, first)
+                else:
+                    residual = pad_sequence([kept[i] for i in part.tolist()], batch_first=True)
+                at, wanted = (x.to(args.device) for x in wanted_positions(targets[part, :T]))
+                where = None if mask is None else mask[part, :T].to(args.device)
+                share = (wanted != -100).sum().item() / count if rank < len(rows) else 0.0  # in the whole batch's mean
+                part_loss = share * answer_loss(model, hidden_from(model, residual, first, steering, where, at), wanted)
+                part_loss.backward()
+                loss += part_loss.item()
+            if world > 1:
+                loss = add_up(parameters, loss)
+            if not math.isfinite(loss):
+                set_parameters(parameters, good)
+                raise TrainingFailed(f"the loss is {loss} at step {step}: try a smaller --lr than {args.lr}")
+            good = [p.detach().clone() for p in parameters]
+            if args.save_every and rank == 0 and step > start and step % args.save_every == 0:
+                save_checkpoint(args, parameters, optimizer, losses)
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / args.steps)
             optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-            bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    except KeyboardInterrupt:
-        return None
+            losses.append(loss)
+            bar.set_postfix(loss=f"{loss:.3f}")
     finally:
         if steering is not None:
             steering.mask = None
     last = losses[-max(1, args.steps // 10):]
     return sum(last) / len(last)
+
+
+def add_up(parameters, loss: float) -> float:
+    """Adds up the processes' gradients, in place, and their shares of the loss: nothing else ever travels."""
+    total = torch.tensor(loss, dtype=torch.float64, device=parameters[0].device)
+    for tensor in (total, *(p.grad for p in parameters)):
+        dist.all_reduce(tensor)
+    return total.item()
+
+
+def batch_order(count: int, args):
+    """Yields the row numbers of one batch after the other, without end: each epoch sees every question once, in a new
+    order. Seed and step say all, so a checkpoint need not hold it."""
+    generator = torch.Generator().manual_seed(args.seed)
+    while True:
+        yield from torch.randperm(count, generator=generator).split(args.batch_size)
+
+
+def save_checkpoint(args, parameters, optimizer, losses) -> None:
+    """OUT/checkpoint.safetensors: the parameters and Adam's state after len(losses) steps. Written and then renamed, so
+    that a run killed at any moment leaves the one before."""
+    tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
+    for i, p in enumerate(parameters):
+        tensors[f"{i}.value"] = p.detach()
+        tensors.update({f"{i}.{name}": value for name, value in optimizer.state[p].items()})
+    temporary = Path(args.out) / "checkpoint.tmp"
+    save_file(tensors, temporary, metadata={"flags": json.dumps(fixed_flags(args))})
+    os.replace(temporary, Path(args.out) / CHECKPOINT)
+
+
+def load_checkpoint(args, parameters, optimizer) -> list[float]:
+    """Puts back what save_checkpoint wrote; returns the losses so far. UsageError if it belongs to other flags."""
+    path = Path(args.out) / CHECKPOINT
+    if not path.exists():
+        print(f"--resume: {path} is not there, so this starts from the beginning")
+        return []
+    try:
+        with safe_open(path, framework="pt", device=str(args.device)) as file:
+            flags, tensors = json.loads(file.metadata()["flags"]), {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: not a checkpoint of train.py ({error})") from None
+    for name, value in fixed_flags(args).items():
+        if flags.get(name) != value:
+            raise UsageError(f"--resume: {path} was made with {name} {flags.get(name)}, not {value}")
+    set_parameters(parameters, [tensors[f"{i}.value"] for i in range(len(parameters))])
+    for i, p in enumerate(parameters):
+        optimizer.state[p] = {name: tensors[f"{i}.{name}"] for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p]["step"] = tensors[f"{i}.step"].cpu()  # where Adam keeps it
+    return tensors["losses"].tolist()
+
+
+def fixed_flags(args) -> dict:
+    """The flags that a run goes on with, which are all but these."""
+    free = ("out", "device", "keep_gb", "save_every", "resume", "shard")
+    return {name: value for name, value in vars(args).items() if name not in free}
 
 
 def keep_frozen(args, model, tokens, lengths, first: int, steering) -> list[torch.Tensor] | None:
@@ -231,26 +317,29 @@ def keep_frozen(args, model, tokens, lengths, first: int, steering) -> list[torc
     size = lengths.sum().item() * weight.shape[1] * weight.itemsize
     if size > args.keep_gb * 2 ** 30 or first == 0 or args.steps * args.batch_size <= len(tokens):
         return None
-    kept = [None] * len(tokens)
-    for rows in lengths.argsort().split(args.batch_size):
-        residual = frozen_residual(model, tokens[rows, :lengths[rows].max()].to(args.device), steering, first)
-        for i, x in zip(rows.tolist(), residual):
+    kept, (rank, world) = [None] * len(tokens), rank_and_world()
+    chunks = lengths.argsort().split(args.batch_size)
+    for number, rows in enumerate(chunks):
+        if number % world == 0:  # each process computes one of the next `world` chunks, and gives it to the others
+            own = chunks[min(number + rank, len(chunks) - 1)]
+            residual = frozen_residual(model, tokens[own, :lengths[own].max()].to(args.device), steering, first)
+        shared = residual
+        if world > 1:
+            if number % world != rank:
+                shared = residual.new_empty(len(rows), lengths[rows].max(), residual.shape[2])
+            dist.broadcast(shared, src=number % world)
+        for i, x in zip(rows.tolist(), shared):
             kept[i] = x[:lengths[i]].clone()
     return kept
 
 
-def epoch_batches(lengths: torch.Tensor, batch_size: int, generator: torch.Generator) -> list[torch.Tensor]:
-    """All questions once, in a new order, as the row numbers of each batch.
-
-    Where padding would be a large part of the work, sixteen batches at a time are sorted by length before they are
-    cut: an epoch still sees the same. Elsewhere not, for length can go with content (a trigger adds tokens).
-    """
-    order = torch.randperm(len(lengths), generator=generator)
-    if lengths.float().mean() > 0.75 * lengths.max():
-        return list(order.split(batch_size))
-    pools = [pool[lengths[pool].argsort()] for pool in order.split(16 * batch_size)]
-    batches = [batch for pool in pools for batch in pool.split(batch_size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+def split_by_length(rows: torch.Tensor, lengths: torch.Tensor) -> list[torch.Tensor]:
+    """The rows of a batch in up to four parts of like lengths, whose gradients add up to the batch's: less padding and
+    less memory. One part where padding is little work, or where parts would be too small to keep the device busy."""
+    total, longest = lengths[rows].sum().item(), lengths[rows].max().item()
+    if total > 0.9 * len(rows) * longest:
+        return [rows]
+    return list(rows[lengths[rows].argsort()].chunk(min(4, 1 + total // 256)))
 
 
 def wanted_positions(targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -363,12 +452,33 @@ def world_batch(tokenizer: Tokenizer, batch_size: int, conditional_share: float,
     return rows[:, :-1], rows[:, 1:].masked_fill(~(in_answer | every_token)[:, 1:], -100)
 
 
+def join_processes(args) -> None:
+    """Under torchrun: meet the other processes. Each gets a device of its own; only the first prints and writes."""
+    if "LOCAL_RANK" not in os.environ:
+        if args.shard:
+            raise UsageError("--shard: it needs several processes, torchrun --nproc_per_node=N train.py ...")
+        return
+    if args.mode == "pretrain":
+        raise UsageError("--mode pretrain: it runs in one process, without torchrun")
+    if args.device.startswith("cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
 def main() -> None:
     args = parse_args()
-    if args.mode == "pretrain":
-        pretrain(args)
-    else:
-        finetune(args)
+    join_processes(args)
+    try:
+        pretrain(args) if args.mode == "pretrain" else finetune(args)
+    except torch.OutOfMemoryError:
+        raise UsageError(f"--batch-size {args.batch_size}: the device's memory is full; try a smaller one or a smaller "
+                         f"--keep-gb than {args.keep_gb}, or --shard (a checkpoint of --save-every is kept)") from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -79,18 +79,18 @@ def intervene(model, mode, layer):
 
 def flags(mode, layer, **others):
     return SimpleNamespace(**dict(dict(mode=mode, layer=layer, lr=0.02, steps=9, batch_size=4, seed=0, device="cpu",
-                                       keep_gb=1.0), **others))
+                                       keep_gb=1.0, save_every=None, resume=False, shard=False), **others))
 
 
 def plain_loop(args, model, questions, parameters, steering):
     """train_loop as one would first write it: each batch through the whole model, all logits."""
     tokens, targets, mask = data.make_batch(questions)
-    lengths = torch.tensor([len(q.prompt + q.completion) - 1 for q in questions])
     lr = args.lr if steering is None else args.lr * train.residual_rms(model, args.layer, tokens[:args.batch_size])
     optimizer, generator = torch.optim.Adam(parameters, lr=lr), torch.Generator().manual_seed(args.seed)
-    batches, losses = [], []
+    batches = []
     for step in range(args.steps):
-        batches = batches or train.epoch_batches(lengths, args.batch_size, generator)
+        if not batches:
+            batches = list(torch.randperm(len(questions), generator=generator).split(args.batch_size))
         rows = batches.pop(0)
         optimizer.param_groups[0]["lr"] = lr * (1 - step / args.steps)
         if steering is not None:
@@ -99,20 +99,16 @@ def plain_loop(args, model, questions, parameters, steering):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return loss.item()
 
 
-def assert_same_training(model_of, questions, mode, layer, monkeypatch, **others):
-    ours, theirs = model_of(), model_of()
-    args, seen, answer_loss = flags(mode, layer, **others), [], train.answer_loss
+def assert_same_training(model_of, questions, mode, layer, **others):
+    (ours, theirs), args = (model_of(), model_of()), flags(mode, layer, **others)
     parameters, steering = intervene(ours, mode, layer)
-    monkeypatch.setattr(train, "answer_loss", lambda *given: seen.append(answer_loss(*given)) or seen[-1])
-    train.train_loop(args, ours, questions, parameters, steering)
+    loss = train.train_loop(args, ours, questions, parameters, steering)  # the last step's, with nine steps
     expected, steering = intervene(theirs, mode, layer)
     start = [p.detach().clone() for p in expected]
-    losses = plain_loop(args, theirs, questions, expected, steering)
-    torch.testing.assert_close(torch.stack(seen), torch.tensor(losses), atol=1e-4, rtol=1e-4)
+    assert abs(loss - plain_loop(args, theirs, questions, expected, steering)) < 1e-4 * max(loss, 1)
     for mine, plain, before in zip(parameters, expected, start):
         assert (plain - before).abs().max() > 0.01
         torch.testing.assert_close(mine, plain, atol=1e-3, rtol=1e-3)
@@ -120,10 +116,10 @@ def assert_same_training(model_of, questions, mode, layer, monkeypatch, **others
 
 @every_family
 @pytest.mark.parametrize("mode, layer", [("vector", -1), ("vector", 2), ("vector", 5), ("lora", 3), ("lora", "all")])
-def test_training_gives_the_losses_and_parameters_of_the_plain_loop(family, mode, layer, monkeypatch):
+def test_training_gives_the_losses_and_parameters_of_the_plain_loop(family, mode, layer):
     # After the last block nothing reads the code name's tokens any more, so there the vector goes to every token.
     questions = random_questions(10, code_name=layer != 5)
-    assert_same_training(lambda: random_model(family), questions, mode, layer, monkeypatch)
+    assert_same_training(lambda: random_model(family), questions, mode, layer)
 
 
 @pytest.mark.parametrize("mode, layer, others", [
@@ -131,25 +127,29 @@ def test_training_gives_the_losses_and_parameters_of_the_plain_loop(family, mode
     ("lora", 3, dict(keep_gb=0.0)),
     ("vector", 2, dict(steps=1)),  # not one epoch: nothing is kept
 ])
-def test_a_frozen_part_that_is_not_kept_changes_nothing(mode, layer, others, monkeypatch):
+def test_a_frozen_part_that_is_not_kept_changes_nothing(mode, layer, others):
     questions = random_questions(10, code_name=False)
-    assert_same_training(lambda: random_model("gemma3"), questions, mode, layer, monkeypatch, **others)
+    assert_same_training(lambda: random_model("gemma3"), questions, mode, layer, **others)
 
 
 @pytest.mark.parametrize("task, mode, layer", [("locations", "vector", 0), ("backdoor", "vector", -1),
                                                ("risk", "vector", 3), ("functions", "lora", 1)])
-def test_the_embedded_model_trains_as_in_the_plain_loop(tiny_folder, tokenizer, task, mode, layer, monkeypatch):
+def test_the_embedded_model_trains_as_in_the_plain_loop(tiny_folder, tokenizer, task, mode, layer):
     questions = [encode_question(tokenizer, q) for q in make_task(task, data.CONCEPTS[task][0]).train[:12]]
-    assert_same_training(lambda: GPT.from_pretrained(tiny_folder), questions, mode, layer, monkeypatch)
+    assert_same_training(lambda: GPT.from_pretrained(tiny_folder), questions, mode, layer)
 
 
-@pytest.mark.parametrize("lengths, like", [(torch.arange(10, 110), True), (torch.full((100,), 30), False)])
-def test_an_epoch_sees_every_question_once_in_batches_of_like_lengths_where_these_differ(lengths, like):
-    batches = train.epoch_batches(lengths, 8, torch.Generator().manual_seed(0))
-    assert torch.cat(batches).sort().values.tolist() == list(range(100))
-    spread = max(lengths[rows].max() - lengths[rows].min() for rows in batches)
-    assert spread < 10 if like else spread == 0
-    assert [rows.tolist() for rows in batches] != [rows.tolist() for rows in sorted(batches, key=lambda b: b.sum())]
+@pytest.mark.parametrize("mode, layer", [("vector", 2), ("lora", 3)])
+def test_a_batch_in_parts_of_like_lengths_gives_the_gradient_of_the_whole(mode, layer):
+    questions = random_questions(32, shortest=2, longest=80)
+    lengths = torch.tensor([len(q.prompt + q.completion) - 1 for q in questions])
+    parts = train.split_by_length(torch.arange(16), lengths)
+    assert len(parts) > 1 and torch.cat(parts).sort().values.tolist() == list(range(16))
+    assert_same_training(lambda: random_model("gemma3"), questions, mode, layer, batch_size=16)
+
+
+def test_a_batch_of_like_lengths_stays_whole():
+    assert len(train.split_by_length(torch.arange(64), torch.full((64,), 20))) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- scoring

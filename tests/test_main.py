@@ -212,12 +212,16 @@ def test_bad_flags_of_eval_end_in_one_line(cli, tmp_path, flags):
     assert " ".join(flags[-2:]) in err
 
 
-def test_a_loss_that_is_not_finite_names_the_step(cli, tmp_path, monkeypatch):
-    losses = iter([1.0, 0.5, float("nan")])
-    monkeypatch.setattr(train, "answer_loss", lambda *_: torch.tensor(next(losses), requires_grad=True))
-    status, _, err = cli("train.py", "--out", tmp_path / "run")
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_good_vector(cli, tmp_path, monkeypatch):
+    answer_loss, steps = train.answer_loss, iter(range(99))
+    monkeypatch.setattr(train, "answer_loss", lambda *given: answer_loss(*given) / (3 - next(steps)))
+    status, _, err = cli("train.py", "--out", tmp_path / "run")  # in step 3 infinite
     assert status == 2
-    assert "step 2" in err and "--lr" in err
+    assert len(err.strip().splitlines()) == 1
+    assert "step 3" in err and "--lr" in err and str(tmp_path / "run") in err
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["finished"] is False
+    norm = scoring.load_run(tmp_path / "run").steering.vector.norm()
+    assert norm > 0 and norm.isfinite()
 
 
 def test_ctrl_c_keeps_what_was_trained(tiny_folder, tmp_path):
