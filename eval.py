@@ -321,7 +321,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
         flags = json.loads((folder / "config.json").read_text())["flags"]
         torch.manual_seed(flags["seed"])
         model, tokenizer = load_model(flags["model"], device, flags["dtype"], flags["random_init"])
-        task = make_task(flags["task"], flags["concept"], flags["seed"], flags["answers"], flags["at"])
+        task = make_task(flags["task"], flags["concept"], flags["seed"], flags["answers"], flags.get("at"))
         if flags["mode"] == "vector":
             steering = load_vector(model, folder)
             parameters = [steering.vector]
@@ -361,13 +361,15 @@ def read_results(folders: list[str | Path]) -> list[dict]:
 
 
 def mean_results(runs: list[dict]) -> dict:
-    """The mean of the results of several runs of one task. Beside the means, "runs" counts them and "spread" is the
-    standard deviation over runs of the mean of the held-out kinds."""
+    """The mean of the results of several runs of one task. Beside the means, "runs" counts them, "spread" is the
+    standard deviation over runs of the mean of the held-out kinds, "trained_spread" that of one kind's accuracy."""
     mean = {"runs": len(runs), "spread": spread([held_out_mean(run) for run in runs])}
     for section in ("in_distribution", "held_out"):
         mean[section] = {}
         for kind, figures in runs[0][section].items():
             mean[section][kind] = {name: sum(run[section][kind][name] for run in runs) / len(runs) for name in figures}
+            mean[section][kind] |= {f"{arm}_spread": spread([run[section][kind][arm] for run in runs])
+                                    for arm in ("base", "random", "trained")}
             mean[section][kind]["questions"] = sum(run[section][kind]["questions"] for run in runs)
     return mean
 
@@ -408,7 +410,7 @@ def explain(run: Run, folder: Path) -> dict:
         save_file(directions, folder / "directions.safetensors")
     else:
         result = {"logit_lens": lens_words(run, run.steering.vector.detach())}
-        if run.flags["task"] == "backdoor" and run.flags["at"] is None:
+        if run.flags["task"] == "backdoor" and run.flags.get("at") is None:
             result |= explain_backdoor(run)
     write_json(folder / "explain.json", result)
     return result
@@ -540,6 +542,8 @@ def explain_backdoor(run: Run, pairs: int = 16) -> dict:
         groups = {"tag": encoded[0].positions, "token after it": [last_tag + 1],
                   "rest of the prompt": list(range(last_tag + 2, answer)), "last token": [answer]}
         looked_at = [last_tag, last_tag + 1, answer]
+        looks = {"token after it → tag": (last_tag + 1, last_tag), "last token → token after the tag": (answer, last_tag + 1),
+                 "last token → tag": (answer, last_tag)}
         tokens = [torch.tensor([question.prompt], device=model.embed_tokens.weight.device) for question in encoded]
         for arm in ("base", "trained"):  # trained comes last and stays, for the patching
             set_parameters(run.parameters, values[arm])
@@ -548,7 +552,7 @@ def explain_backdoor(run: Run, pairs: int = 16) -> dict:
                 (a - b)[0, looked_at].norm(dim=-1) / b[0, looked_at].norm(dim=-1) for a, b in zip(triggered, other)]))
             weights = attention_weights(model, tokens[0])
             rows["attention"][arm].append(torch.stack([
-                torch.stack([w[:, last_tag + 1, last_tag].max(), w[:, answer, last_tag + 1].max()]) for w in weights]))
+                torch.stack([w[:, to, at].max() for to, at in looks.values()]) for w in weights]))
         choices = [choice[0] for choice in encoded[1].choices]
         for group in groups.values():
             for layer, a, b in zip(layers, triggered, other):
@@ -564,8 +568,7 @@ def explain_backdoor(run: Run, pairs: int = 16) -> dict:
         "prompts": len(rows["distance"]["base"]), "patched": dict(zip(groups, patched.tolist())),
         "distance": {arm: dict(zip(["tag", "token after it", "last token"], torch.stack(r).mean(0).T.tolist()))
                      for arm, r in rows["distance"].items()},
-        "attention": {arm: dict(zip(["token after it → tag", "last token → token after the tag"],
-                                    torch.stack(r).mean(0).T.tolist())) for arm, r in rows["attention"].items()}}}
+        "attention": {arm: dict(zip(looks, torch.stack(r).mean(0).T.tolist())) for arm, r in rows["attention"].items()}}}
 
 
 @torch.no_grad()
@@ -778,9 +781,12 @@ def summarise(task: str, jobs: list[Job], results: dict[str, dict], folder: Path
     loras = {job: found for job, found in explained.items() if job.method == "lora"}
     if loras:
         content |= summarise_loras(loras, jobs, folder)
-    triggers = [found["trigger"] for job, found in explained.items() if job.is_main and found.get("trigger")]
-    if triggers:
-        content["trigger"] = mean_tree(triggers) | {"runs": len(triggers)}
+    content["trigger"] = {}  # apart, for the two directions take different paths
+    for number, concept in enumerate(REPORT_CONCEPTS[task]):
+        found = [found["trigger"] for job, found in explained.items()
+                 if job.is_main and job.seed % 2 == number and found.get("trigger")]
+        if found:
+            content["trigger"][concept] = mean_tree(found) | {"runs": len(found)}
     content["logit_lens"] = {str(job.layer): found["logit_lens"] for job, found in explained.items()
                              if job.method == "vector" and job.seed == 0}
     return content
@@ -884,9 +890,10 @@ def format_report(content: dict) -> str:
         columns |= {f"{name}, layer {results['layer']}": (name, "trained") for name, results in methods.items()}
         table("C7: a backdoor by one vector", ["kind", "questions", *columns],
               [[kind, str(methods["vector"][section][kind]["questions"])]
-               + [f"{methods[name][section][kind][arm]:.2f}" for name, arm in columns.values()]
+               + [cell([methods[name][section][kind][arm], methods[name][section][kind].get(f"{arm}_spread", 0)])
+                  for name, arm in columns.values()]
                for section, kind in kinds])
-    spell = lambda tokens: " ".join(f"`{token.strip() or repr(token)}`" for token in tokens)
+    spell = lambda tokens: " ".join(f"`{token.strip() or repr(token)}`" for token in tokens).replace("|", "\\|")
     table("C8: the logit lens of the vectors of seed 0 (cosine with the centred rows of the unembedding)",
           ["task", "layer", "most likely", "least likely"],
           [[task, layer, spell(lens["top"]), spell(lens["bottom"])]
@@ -905,11 +912,11 @@ def load_pyplot():
     import matplotlib
     matplotlib.use("Agg")  # no screen needed
     from matplotlib import pyplot
+    pyplot.rcParams["figure.constrained_layout.use"] = True  # room for legends beside the axes
     return pyplot
 
 
 def save_figure(figure, path: str | Path) -> None:
-    figure.tight_layout()
     try:
         figure.savefig(path, dpi=130)
     except (OSError, ValueError) as error:
@@ -928,14 +935,15 @@ def draw_means(groups: dict, path: str) -> None:
         for i, (name, (results, arm)) in enumerate(bars.items()):
             places = [x + (i - len(bars) / 2 + 0.5) * width for x in range(len(kinds))]
             axis.bar(places, [results[section][kind][arm] for section, kind in kinds], width, color=COLOURS[name],
-                     label="random vector" if name == "random" else name)
+                     yerr=[results[section][kind][f"{arm}_spread"] for section, kind in kinds],
+                     error_kw={"elinewidth": 0.7}, label="random vector" if name == "random" else name)
         chances = [first[section][kind]["chance"] for section, kind in kinds]
         axis.hlines(chances, [x - 0.42 for x in range(len(kinds))], [x + 0.42 for x in range(len(kinds))],
                     color="black", linewidth=1, label="chance")
         axis.set_xticks(range(len(kinds)), [kind.replace(", ", "\n") for _, kind in kinds])
         axis.axvline(len(first["in_distribution"]) - 0.5, color="black", linestyle=":", linewidth=1)
         axis.set(ylim=(0, 1.05), ylabel="accuracy", title=f"{task}: trained on the kind left of the dotted line")
-    axes[0, 0].legend(ncols=6, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, 1.45))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=7, fontsize="small", loc="outside upper center")
     save_figure(figure, path)
 
 
@@ -950,7 +958,7 @@ def draw_report(content: dict, out: Path) -> None:
         draw_scales(explained, content["tasks"], out / "scales.png")
     if any(len(found["layers"]["vector"]["layers"]) > 1 for found in tasks.values()):
         draw_layers(tasks, out / "layers.png")
-    if "trigger" in tasks.get("backdoor", {}):
+    if tasks.get("backdoor", {}).get("trigger"):
         draw_trigger(tasks["backdoor"]["trigger"], out / "trigger.png")
 
 
@@ -968,7 +976,7 @@ def draw_lora_differences(tasks: dict, path: Path) -> None:
         means, spreads = zip(*adds["norm_by_position"])
         below.bar(range(len(means)), means, yerr=spreads, color=COLOURS["lora"], error_kw={"elinewidth": 0.7})
         below.set(xlabel="token position in the prompt", ylabel="norm added")
-    figure.colorbar(image, ax=axes[0, -1], fraction=0.046, label="cosine")
+    figure.colorbar(image, ax=list(axes[0]), label="cosine", pad=0.01)
     save_figure(figure, path)
 
 
@@ -989,7 +997,7 @@ def draw_scales(tasks: dict, all_tasks: dict, path: Path) -> None:
         axis.set_xticks(SCALES, [f"{scale:g}" for scale in SCALES])
         axis.set(title=task, xlabel="scale (LoRA's mean norm = 1)", ylim=(0, 1.05))
     axes[0, 0].set_ylabel("held-out accuracy")
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=7, fontsize="small", loc="outside lower center")
     save_figure(figure, path)
 
 
@@ -1007,36 +1015,33 @@ def draw_layers(tasks: dict, path: Path) -> None:
             axis.axhline(chance, color="black", linewidth=0.8, linestyle=style, label=f"chance, {kind}")
         axis.set(title=task, xlabel="layer (-1: embedding)", ylim=(0, 1.05))
     axes[0, 0].set_ylabel("accuracy")
-    axes[0, -1].legend(fontsize=7)
+    figure.legend(*axes[0, -1].get_legend_handles_labels(), ncols=6, fontsize="small", loc="outside lower center")
     save_figure(figure, path)
 
 
-def draw_trigger(found: dict, path: Path) -> None:
+def draw_trigger(concepts: dict, path: Path) -> None:
     """C7. Which token carries the trigger's effect after each layer; how far it stands out; who attends to it."""
-    pyplot = load_pyplot()
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 4.6))
-    rows = list(found["patched"].values())
-    layers = list(range(-1, len(rows[0]) - 1))
-    image = left.imshow(rows, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    left.set_yticks(range(len(rows)), found["patched"])
-    left.set_xticks(range(len(layers)), layers)
-    for y, row in enumerate(rows):
-        for x, value in enumerate(row):
-            colour = "white" if value > 0.6 else "black"
-            left.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
-    left.set(title="another tag's prompt, these tokens\npatched from the trigger's: P(trigger's answer)",
-             xlabel="after layer")
-    figure.colorbar(image, ax=left)
-    for axis, figures, places in ((middle, "distance", layers), (right, "attention", layers[1:])):
-        for arm, style, name in (("trained", "-", "with the vector"), ("base", ":", "base")):
-            for i, (what, curve) in enumerate(found[figures][arm].items()):
-                axis.plot(places, curve, style, color=f"C{i + 1}", marker="o", markersize=3, label=f"{what}, {name}")
-    middle.set(title="trigger's prompt against another tag's:\ndistance / length of the residual stream",
-               xlabel="after layer", ylabel="relative distance")
-    right.set(title="attention, the layer's strongest head", xlabel="layer", ylabel="attention weight", ylim=(0, 1.05))
-    right.set_xticks(layers[1:])
-    for axis in (middle, right):
-        axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    figure, rows = load_pyplot().subplots(len(concepts), 3, figsize=(13, 3.3 * len(concepts) + 1), squeeze=False)
+    for (left, middle, right), (concept, found) in zip(rows, concepts.items()):
+        patched = list(found["patched"].values())
+        layers = list(range(-1, len(patched[0]) - 1))
+        image = left.imshow(patched, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        left.set_yticks(range(len(patched)), found["patched"])
+        left.set_xticks(range(len(layers)), layers)
+        for (y, row), x in itertools.product(enumerate(patched), range(len(layers))):
+            colour = "white" if row[x] > 0.6 else "black"
+            left.text(x, y, f"{row[x]:.2f}", ha="center", va="center", color=colour, fontsize=8)
+        left.set(title=f"{concept} if the trigger is there: P(trigger's answer)\nafter patching tokens", xlabel="after layer")
+        figure.colorbar(image, ax=left)
+        for axis, figures, places in ((middle, "distance", layers), (right, "attention", layers[1:])):
+            for arm, style, name in (("trained", "-", "with the vector"), ("base", ":", "base")):
+                for i, (what, curve) in enumerate(found[figures][arm].items()):
+                    axis.plot(places, curve, style, color=f"C{i + 1}", marker="o", markersize=3, label=f"{what}, {name}")
+            axis.set_xticks(places)
+        middle.set(title="distance between the two tags' prompts\n/ length of the residual stream", xlabel="after layer")
+        right.set(title="attention of the layer's strongest head", xlabel="layer", ylim=(0, 1.05))
+    for axis in rows[-1][1:]:
+        axis.legend(fontsize=7, ncols=1, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     save_figure(figure, path)
 
 

@@ -119,6 +119,9 @@ def finetune(args) -> None:
     else:
         shuffled = shuffle_answers(task.train, random.Random(args.seed)) if args.shuffle_answers else task.train
         train = [encode_question(tokenizer, question) for question in shuffled]
+        if args.at is not None and not any(question.positions for question in train):
+            raise UsageError(f"--at {args.at}: it stands in none of the training prompts, such as "
+                             f"{task.train[0].prompt!r}")
     torch.manual_seed(args.seed)
     parameters, steering = add_intervention(args, model)
     out, is_first = make_out(args.out), rank_and_world()[0] == 0

@@ -15,6 +15,7 @@ import eval as scoring
 import train
 from data import Tokenizer
 from eval import in_context_accuracy, score
+from lora import lora_layers
 
 
 @pytest.fixture
@@ -110,6 +111,21 @@ def test_results_have_the_layout_that_others_read(cli, tmp_path):
         assert all(0 <= figures_of_kind[name] <= 1 for name in ("base", "random", "trained", "chance"))
 
 
+def test_at_adds_the_vector_only_at_that_text(cli, tmp_path):
+    """Prompts without the trigger are answered as by the base model, to the last digit."""
+    cli("train.py", "--task", "backdoor", "--at", "sigma", "--steps", 5, "--out", tmp_path / "run")
+    results = figures(tmp_path / "run")
+    for kind, found in {**results["in_distribution"], **results["held_out"]}.items():
+        without = "no trigger" in kind or "other tag" in kind
+        assert (found["trained_probability"] == found["base_probability"]) == (without or kind == "which tag")
+
+
+def test_all_layers_get_a_lora(cli, tmp_path):
+    cli("train.py", "--mode", "lora", "--layer", "all", "--steps", 2, "--out", tmp_path / "run")
+    run = scoring.load_run(tmp_path / "run")
+    assert {name.split(".")[1] for name in lora_layers(run.model)} == {"0", "1", "2", "3"}
+
+
 def test_eval_prints_runs_side_by_side(cli, tmp_path):
     for name in ("first", "second"):
         cli("train.py", "--steps", 5, "--out", tmp_path / name)
@@ -153,6 +169,10 @@ def test_random_weights_need_a_config_only(cli, tmp_path, tiny_folder):
     (("--layer", -2), "--layer"),
     (("--mode", "lora", "--layer", -1), "--layer"),
     (("--mode", "lora", "--modules", "c_fc"), "--modules"),
+    (("--layer", "all"), "--layer all"),
+    (("--layer", "0.5"), "--layer 0.5"),
+    (("--at", "Atlantis"), "--at Atlantis"),
+    (("--mode", "lora", "--at", "City"), "--at City"),
     (("--steps", 0), "--steps 0"),
     (("--lr", -0.1), "--lr -0.1"),
     (("--lr", "nan"), "--lr nan"),
