@@ -542,8 +542,8 @@ def explain_backdoor(run: Run, pairs: int = 16) -> dict:
         groups = {"tag": encoded[0].positions, "token after it": [last_tag + 1],
                   "rest of the prompt": list(range(last_tag + 2, answer)), "last token": [answer]}
         looked_at = [last_tag, last_tag + 1, answer]
-        looks = {"token after it → tag": (last_tag + 1, last_tag), "last token → token after the tag": (answer, last_tag + 1),
-                 "last token → tag": (answer, last_tag)}
+        looks = {"token after it → tag": (last_tag + 1, last_tag), "last token → tag": (answer, last_tag),
+                 "last token → token after the tag": (answer, last_tag + 1)}
         tokens = [torch.tensor([question.prompt], device=model.embed_tokens.weight.device) for question in encoded]
         for arm in ("base", "trained"):  # trained comes last and stays, for the patching
             set_parameters(run.parameters, values[arm])
@@ -568,7 +568,8 @@ def explain_backdoor(run: Run, pairs: int = 16) -> dict:
         "prompts": len(rows["distance"]["base"]), "patched": dict(zip(groups, patched.tolist())),
         "distance": {arm: dict(zip(["tag", "token after it", "last token"], torch.stack(r).mean(0).T.tolist()))
                      for arm, r in rows["distance"].items()},
-        "attention": {arm: dict(zip(looks, torch.stack(r).mean(0).T.tolist())) for arm, r in rows["attention"].items()}}}
+        "attention": {arm: dict(zip(looks, torch.stack(r).mean(0).T.tolist()))
+                      for arm, r in rows["attention"].items()}}}
 
 
 @torch.no_grad()
@@ -1031,14 +1032,14 @@ def draw_trigger(concepts: dict, path: Path) -> None:
         for (y, row), x in itertools.product(enumerate(patched), range(len(layers))):
             colour = "white" if row[x] > 0.6 else "black"
             left.text(x, y, f"{row[x]:.2f}", ha="center", va="center", color=colour, fontsize=8)
-        left.set(title=f"{concept} if the trigger is there: P(trigger's answer)\nafter patching tokens", xlabel="after layer")
+        left.set(title=f"{concept} if the trigger is there:\nP(trigger's answer) after patching", xlabel="after layer")
         figure.colorbar(image, ax=left)
         for axis, figures, places in ((middle, "distance", layers), (right, "attention", layers[1:])):
             for arm, style, name in (("trained", "-", "with the vector"), ("base", ":", "base")):
                 for i, (what, curve) in enumerate(found[figures][arm].items()):
-                    axis.plot(places, curve, style, color=f"C{i + 1}", marker="o", markersize=3, label=f"{what}, {name}")
+                    axis.plot(places, curve, style, color=f"C{i + 1}", marker="o", label=f"{what}, {name}")
             axis.set_xticks(places)
-        middle.set(title="distance between the two tags' prompts\n/ length of the residual stream", xlabel="after layer")
+        middle.set(title="distance between the two tags' prompts\n/ length of the residual", xlabel="after layer")
         right.set(title="attention of the layer's strongest head", xlabel="layer", ylim=(0, 1.05))
     for axis in rows[-1][1:]:
         axis.legend(fontsize=7, ncols=1, loc="upper center", bbox_to_anchor=(0.5, -0.2))

@@ -259,7 +259,7 @@ def train_loop(args, model, questions, parameters, steering) -> float:
 
 
 def add_up(parameters, loss: float) -> float:
-    """Adds up the processes' gradients, in place, and their shares of the loss: nothing else ever travels."""
+    """Adds up the processes' gradients, in place, and their shares of the loss: in a step nothing else travels."""
     total = torch.tensor(loss, dtype=torch.float64, device=parameters[0].device)
     for tensor in (total, *(p.grad for p in parameters)):
         dist.all_reduce(tensor)

@@ -2,6 +2,7 @@
 
     python tests/bench.py                            GPT-2 small's shape, a few minutes on two CPU cores
     python tests/bench.py --shape qwen2.5-0.5b       the others: qwen2.5-7b, gemma-3-12b (with --device cuda)
+    python tests/bench.py --scaling [FIGURE.png]     ours alone: how cost grows, and Gemma 3 12B on paper
 
 Both sides get the same random weights (made by transformers, loaded by us), data, batches, dtype and number of Adam
 steps. Theirs is what a user would write: a forward hook that adds the vector, or peft; batches padded as
@@ -62,6 +63,7 @@ def parse_args():
     add("--layer", type=int, help="default: the middle one")
     add("--device", default="cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")
+    add("--scaling", nargs="?", const="", metavar="FIGURE.png", help="measure how the cost of training a vector grows")
     add("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)  # a measuring process, started by the command
     add("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -244,10 +246,10 @@ def measure(args, work: str) -> None:
     agreed = run(args.batch_size if work == "evaluation" else 1)  # warms up too
     reset_peak(args.device)
     before = memory(args.device, "now")  # the weights, read in full by now
-    begin = time.perf_counter()
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     run(args.examples if work == "evaluation" else steps)
-    seconds = time.perf_counter() - begin
-    print(json.dumps({"agreed": agreed, "seconds": seconds, "memory": memory(args.device, "peak") - before,
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
+    print(json.dumps({"agreed": agreed, "seconds": seconds, "cpu": cpu, "memory": memory(args.device, "peak") - before,
                       "rate": matrix_rate(args, config) if args.side == "ours" else None}))
 
 
@@ -287,9 +289,11 @@ def compare(args, config: Config, work: str) -> None:
         sides = [[scale / run["seconds"] for run in runs[side]] for side in runs]
         ratio = spread([x / y for x, y in zip(*sides)])
         print(f"  {name:20}{spread(sides[0]):>26}{spread(sides[1]):>26}{ratio:>26}")
-    sides = [[run["memory"] / 2 ** 20 for run in runs[side]] for side in runs]
-    ratio = spread([x / y for x, y in zip(*sides)])
-    print(f"  {'MiB beyond weights':20}{spread(sides[0]):>26}{spread(sides[1]):>26}{ratio:>26}")
+    # Processor seconds count what other programs on the machine do not take; where nothing else runs they add nothing.
+    for name, key, scale in (("processor seconds", "cpu", 1), ("MiB beyond weights", "memory", 2 ** 20)):
+        sides = [[run[key] / scale for run in runs[side]] for side in runs]
+        ratio = spread([x / y for x, y in zip(*sides)])
+        print(f"  {name:20}{spread(sides[0]):>26}{spread(sides[1]):>26}{ratio:>26}")
     flops, rate = unavoidable_flops(args, config, work, questions), max(run["rate"] for run in runs["ours"])
     seconds = statistics.median(run["seconds"] for run in runs["ours"])
     print(f"  the arithmetic: {flops / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s (measured) = {flops / rate:.2f} s; "
@@ -306,10 +310,90 @@ def make_checkpoint(args, folder: str) -> None:
     model.save_pretrained(folder, max_shard_size="2GB")
 
 
+# ---------------------------------------------------------------------------------------------------- how cost grows
+
+SMALL = {"width": 256, "depth": 8, "layer": 4, "examples": 64}  # varied one at a time
+GROWTH = {"width": [128, 256, 512, 1024], "depth": [4, 8, 16, 32], "layer": [-1, 2, 4, 7],
+          "examples": [32, 64, 128, 256]}
+
+
+def show_scaling(args) -> None:
+    """Print, and draw if asked, seconds a step and memory against each of GROWTH; then the paper's model on paper."""
+    print(f"{'':10}{'':>8}{'ms a step':>12}{'by arithmetic':>16}{'MiB beyond weights':>22}")
+    measured = {}
+    for name, values in GROWTH.items():
+        for value in values:
+            shape = dict(SMALL, **{name: value})
+            if name == "depth":
+                shape["layer"] = value // 2
+            milliseconds, least, mib = measure_shape(args, **shape)
+            measured.setdefault(name, []).append((milliseconds, mib))
+            print(f"{name:10}{value:8}{milliseconds:12.1f}{least:16.1f}{mib:22.1f}", flush=True)
+    print(f"({args.epochs} epochs, batch {args.batch_size}, {args.prompt_tokens[0]} to {args.prompt_tokens[1]} tokens, "
+          f"{args.device}, {args.dtype}; else {SMALL}; computing and keeping the frozen part is counted in)")
+    if args.scaling:
+        draw_scaling(measured, args.scaling)
+    print_paper_arithmetic()
+
+
+def measure_shape(args, width: int, depth: int, layer: int, examples: int) -> tuple[float, float, float]:
+    """(milliseconds a step, the same by arithmetic, MiB beyond the weights) of a vector in a random Qwen 3."""
+    raw = dict(train.TINY, vocab_size=2048, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=depth,
+               num_attention_heads=width // 32, num_key_value_heads=width // 32)
+    with tempfile.TemporaryDirectory() as folder:
+        GPT(Config.from_dict(raw)).save_pretrained(folder)
+        point = SimpleNamespace(**dict(vars(args), folder=folder, layer=layer, examples=examples))
+        result, config = start_process(point, "vector", "ours"), Config.from_pretrained(folder)
+    steps = args.epochs * -(-examples // args.batch_size)
+    least = unavoidable_flops(point, config, "vector", make_questions(point, 2048)) / result["rate"]
+    return 1000 * result["seconds"] / steps, 1000 * least / steps, result["memory"] / 2 ** 20
+
+
+def draw_scaling(measured: dict, path: str) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, len(GROWTH), figsize=(11, 4.5), sharey="row")
+    for column, (name, values) in enumerate(GROWTH.items()):
+        for row, label in enumerate(("ms a step", "MiB beyond weights")):
+            axes[row, column].plot(values, [point[row] for point in measured[name]], marker="o")
+            axes[row, column].set(xlabel=name if row else None, ylabel=None if column else label, yscale="log")
+            if name != "layer":
+                axes[row, column].set_xscale("log", base=2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def print_paper_arithmetic() -> None:
+    """Gemma 3 12B, 1,000 examples, 3 epochs, one vector at layer 22, on one H100: from its config's numbers alone."""
+    config, tokens, answer = Config.from_dict(SHAPES["gemma-3-12b"]), 100, 2
+    rate, used, batch = 989e12, 0.4, 16
+    d, D, heads, n = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_hidden_layers
+    block = 2 * d * D * (heads + config.num_key_value_heads) + 3 * d * config.intermediate_size
+    weights = n * block + config.vocab_size * d
+    question = EncodedQuestion([0] * (tokens - answer + 1), [], 0, [0] * answer, None)
+    paper = SimpleNamespace(layer=22, epochs=3)
+    flops = unavoidable_flops(paper, config, "vector", [question] * 1000)
+    # Bytes kept for the backward pass, for each token and block above: four norms' inputs in float32 and outputs,
+    # queries and keys around their norms and rope, values, attention's output, and four tensors of the MLP's width.
+    saved = 6 * 4 * d + 12 * D * (heads + config.num_key_value_heads) + 2 * D * (config.num_key_value_heads + 2 * heads)
+    saved += 2 * 4 * config.intermediate_size
+    activations = (n - 23) * saved * batch * tokens
+    kept = 1000 * tokens * d * 2
+    print(f"\nOn paper, not run: Gemma 3 12B in bfloat16, 1,000 examples of {tokens} tokens, answers of {answer}, "
+          f"3 epochs, batch {batch}, a vector at layer 22 of {n}:\n"
+          f"  {flops / 1e15:.1f} PFLOP; at {used:.0%} of an H100's {rate / 1e12:.0f} TFLOP/s "
+          f"{flops / rate / used:.0f} s\n"
+          f"  weights {weights * 2 / 1e9:.1f} GB + frozen residuals kept {kept / 1e9:.2f} GB + activations of a batch "
+          f"{activations / 1e9:.1f} GB = {(2 * weights + kept + activations) / 1e9:.0f} GB of 80")
+
+
 def main() -> None:
     args = parse_args()
     if args.side:
         return measure(args, args.work[0])
+    if args.scaling is not None:
+        return show_scaling(args)
     with tempfile.TemporaryDirectory() as args.folder:
         make_checkpoint(args, args.folder)
         config = Config.from_pretrained(args.folder)
