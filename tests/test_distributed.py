@@ -12,10 +12,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 @pytest.mark.parametrize("flags", [
-    ("--layer", "1"),
     ("--layer", "1", "--batch-size", "47"),  # an epoch ends in a batch of one: one process has no row
     ("--mode", "lora", "--batch-size", "7"),
-    ("--layer", "1", "--shard"),
     ("--mode", "lora", "--layer", "2", "--shard"),
 ])
 def test_two_processes_train_and_score_as_one(tiny_folder, tmp_path, flags):
