@@ -874,7 +874,8 @@ def format_report(content: dict) -> str:
            "share there", "mean norm"],
           [[task, str(found["lora_adds"]["tokens"])] + [cell(found["lora_adds"][name]) for name in
            ("cosine", "share", "cosine_at_vector", "share_at_vector", "norm")] for task, found in explained.items()])
-    table("C3, C5: directions added instead of the LoRA (sign and scale chosen on training questions)",
+    table("C3, C5: directions added instead of the LoRA (sign and scale chosen on training questions; "
+          f"up to {SAMPLE} questions of each kind a run)",
           ["task", "direction", "scale (multiples of the LoRA's mean norm)", "norm", "in distribution", "held out",
            "cosine to the trained vector"],
           [[task, name, " ".join(f"{scale:g}" for scale in one["scales"]), cell(one["norm"]),
