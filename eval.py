@@ -416,9 +416,9 @@ def explain(run: Run, folder: Path) -> dict:
     return result
 
 
-def lens_words(run: Run, vector: torch.Tensor, count: int = 8) -> dict[str, list[str]]:
+def lens_words(run: Run, vector: torch.Tensor) -> dict[str, list[str]]:
     """The tokens at both ends of the logit lens, as text."""
-    top, bottom = logit_lens(run.model, vector, count)
+    top, bottom = logit_lens(run.model, vector, count=8)
     return {"top": [run.tokenizer.decode([id]) for id in top], "bottom": [run.tokenizer.decode([id]) for id in bottom]}
 
 
@@ -433,6 +433,7 @@ def explain_lora(run: Run) -> tuple[dict, dict[str, torch.Tensor]]:
     on_held_out, on_train = lora_differences(run, asked), lora_differences(run, train)
     everywhere, written = torch.cat(on_held_out), torch.cat(where_added(on_held_out, asked))
     lengths = [rows.norm(dim=-1) for rows in on_held_out]
+    unit = F.normalize(on_held_out[0], dim=-1)
     result = {
         "tokens": len(everywhere), "cosine": pairwise_cosine(everywhere), "share": principal_component(everywhere)[1],
         "cosine_at_vector": pairwise_cosine(written), "share_at_vector": principal_component(written)[1],
@@ -440,7 +441,7 @@ def explain_lora(run: Run) -> tuple[dict, dict[str, torch.Tensor]]:
         "norm_by_position": [torch.stack([row[t] for row in lengths if t < len(row)]).mean().item()
                              for t in range(max(map(len, lengths)))],
         "prompt": [run.tokenizer.decode([id]) for id in asked[0].prompt],
-        "prompt_cosines": (F.normalize(on_held_out[0], dim=-1) @ F.normalize(on_held_out[0], dim=-1).T).tolist()}
+        "prompt_cosines": (unit @ unit.T).tolist()}
 
     # From here on the LoRA is off. The directions come from training prompts only, and so do their sign and scale.
     set_parameters(run.parameters, arm_values(run.parameters, seed=0)["base"])
@@ -459,12 +460,17 @@ def explain_lora(run: Run) -> tuple[dict, dict[str, torch.Tensor]]:
 
 def lora_differences(run: Run, questions: list[EncodedQuestion]) -> list[torch.Tensor]:
     """What the LoRA adds to its layer's output (the output with it, less that without it): (T, d_model) a prompt."""
-    values, outputs, device = arm_values(run.parameters, seed=0), {}, run.model.embed_tokens.weight.device
+    values, outputs = arm_values(run.parameters, seed=0), {}
     for arm in ("base", "trained"):  # trained comes last and stays
         set_parameters(run.parameters, values[arm])
-        outputs[arm] = [residual_after(run.model, run.flags["layer"], torch.tensor([q.prompt], device=device))[0]
-                        for q in questions]
+        outputs[arm] = [prompt_residual(run, question) for question in questions]
     return [trained - base for base, trained in zip(outputs["base"], outputs["trained"])]
+
+
+def prompt_residual(run: Run, question: EncodedQuestion) -> torch.Tensor:
+    """The residual stream (T, d_model) of a prompt after the run's layer."""
+    tokens = torch.tensor([question.prompt], device=run.model.embed_tokens.weight.device)
+    return residual_after(run.model, run.flags["layer"], tokens)[0]
 
 
 def where_added(rows: list[torch.Tensor], questions: list[EncodedQuestion]) -> list[torch.Tensor]:
@@ -475,13 +481,10 @@ def where_added(rows: list[torch.Tensor], questions: list[EncodedQuestion]) -> l
 def difference_of_means(run: Run, rng: random.Random, count: int = 32) -> torch.Tensor:
     """The mean residual stream after the run's layer in prompts that evoke the concept, less that in neutral ones: at
     the name, or (no name) at the last token. (d_model,)"""
-    means, device = [], run.model.embed_tokens.weight.device
+    means = []
     for prompts in data.contrast_prompts(run.flags["task"], run.flags["concept"], rng, count):
         encoded = [encode_question(run.tokenizer, question, turns) for turns, question in prompts]
-        rows = []
-        for question in encoded:
-            residual = residual_after(run.model, run.flags["layer"], torch.tensor([question.prompt], device=device))[0]
-            rows.append(residual[[-1] if question.positions is None else question.positions])
+        rows = [prompt_residual(run, q)[[-1] if q.positions is None else q.positions] for q in encoded]
         means.append(torch.cat(rows).mean(0))
     return means[0] - means[1]
 
@@ -547,9 +550,10 @@ def explain_backdoor(run: Run, pairs: int = 16) -> dict:
         tokens = [torch.tensor([question.prompt], device=model.embed_tokens.weight.device) for question in encoded]
         for arm in ("base", "trained"):  # trained comes last and stays, for the patching
             set_parameters(run.parameters, values[arm])
-            triggered, other = ([residual_after(model, layer, t) for layer in layers] for t in tokens)
+            triggered, other = (residuals(model, t) for t in tokens)
             rows["distance"][arm].append(torch.stack([
-                (a - b)[0, looked_at].norm(dim=-1) / b[0, looked_at].norm(dim=-1) for a, b in zip(triggered, other)]))
+                (a - b)[0, looked_at].float().norm(dim=-1) / b[0, looked_at].float().norm(dim=-1)
+                for a, b in zip(triggered, other)]))
             weights = attention_weights(model, tokens[0])
             rows["attention"][arm].append(torch.stack([
                 torch.stack([w[:, to, at].max() for to, at in looks.values()]) for w in weights]))
@@ -558,7 +562,7 @@ def explain_backdoor(run: Run, pairs: int = 16) -> dict:
             for layer, a, b in zip(layers, triggered, other):
                 mixed = b.clone()
                 mixed[:, group] = a[:, group]
-                mixed = model.run_blocks(mixed.to(model.embed_tokens.weight.dtype), first=layer + 1)
+                mixed = model.run_blocks(mixed, first=layer + 1)
                 logits = model.unembed(model.norm(mixed)[0, -1]).float()
                 rows["patched"].append(logits[choices].softmax(0)[plain.answer].item())
     if not rows["patched"]:
@@ -570,6 +574,14 @@ def explain_backdoor(run: Run, pairs: int = 16) -> dict:
                      for arm, r in rows["distance"].items()},
         "attention": {arm: dict(zip(looks, torch.stack(r).mean(0).T.tolist()))
                       for arm, r in rows["attention"].items()}}}
+
+
+def residuals(model: GPT, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """The residual stream (B, T, d_model) of the embedding and after each layer, in one pass."""
+    states = [model.embed(tokens)]
+    for layer in range(len(model.layers)):
+        states.append(model.run_blocks(states[-1], first=layer, last=layer + 1))
+    return states
 
 
 @torch.no_grad()
@@ -672,10 +684,11 @@ def run_jobs(jobs: list[Job], folder: Path, workers: int) -> list[str]:
 
     def work(job: Job) -> None:
         run = folder / job.name
-        if is_new(run / "results.json"):
+        if read_if_whole(run / "results.json") is None:
             call(run / "log.txt", "train.py", *job.flags, "--out", run)
             (run / "explain.json").unlink(missing_ok=True)  # an earlier run's
-        if job.explain and is_new(run / "explain.json") and has_learned(json.loads((run / "results.json").read_text())):
+        if job.explain and read_if_whole(run / "explain.json") is None and has_learned(
+                json.loads((run / "results.json").read_text())):
             call(run / "explain.txt", "eval.py", run, "--explain", *job.flags[-2:])
 
     failed, pool = [], ThreadPoolExecutor(workers)
@@ -699,16 +712,15 @@ def run_program(program: str, flags: list[str], log: Path) -> None:
         runpy.run_path(str(Path(__file__).with_name(program)), run_name="__main__")
 
 
-def is_new(path: Path) -> bool:
-    """Whether a JSON file has still to be made: it is not there, or damaged, which is said."""
+def read_if_whole(path: Path) -> dict | None:
+    """The content of a JSON file; None if it is not there, or damaged, which is said."""
     try:
-        json.loads(path.read_text())
-        return False
+        return json.loads(path.read_text())
     except FileNotFoundError:
-        return True
+        return None
     except (OSError, ValueError) as error:
-        fail(f"{path}: damaged ({error}), made again")
-        return True
+        fail(f"{path}: damaged ({error})")
+        return None
 
 
 def run_mean(run: dict, section: str, column: str = "trained") -> float:
@@ -739,8 +751,8 @@ def report(args) -> None:
     old = sum((out / "runs" / job.name / "results.json").exists() for job in jobs)
     out.mkdir(parents=True, exist_ok=True)
     notes += run_jobs(jobs, out / "runs", args.jobs or (1 if args.device.startswith("cuda") else os.cpu_count() or 1))
-    results = {job.name: json.loads((out / "runs" / job.name / "results.json").read_text()) for job in jobs
-               if (out / "runs" / job.name / "results.json").exists()}
+    results = {job.name: read_if_whole(out / "runs" / job.name / "results.json") for job in jobs}
+    results = {name: result for name, result in results.items() if result is not None}
     content = {"model": args.model, "date": str(date.today()), "torch": torch.__version__, "device": args.device,
                "seeds": args.seeds, "runs": len(results), "runs_made_earlier": old,
                "minutes": round((time.time() - started) / 60, 1), "notes": notes, "tasks": {}}
@@ -777,8 +789,8 @@ def summarise(task: str, jobs: list[Job], results: dict[str, dict], folder: Path
                                    if job.method == method and job.layer == layer]) for layer in layers]
             for section in ("in_distribution", "held_out")}
 
-    explained = {job: json.loads((folder / job.name / "explain.json").read_text()) for job in jobs
-                 if (folder / job.name / "explain.json").exists()}
+    explained = {job: read_if_whole(folder / job.name / "explain.json") for job in jobs}
+    explained = {job: found for job, found in explained.items() if found is not None}
     loras = {job: found for job, found in explained.items() if job.method == "lora"}
     if loras:
         content |= summarise_loras(loras, jobs, folder)
@@ -957,7 +969,7 @@ def draw_report(content: dict, out: Path) -> None:
         draw_means({task: found["methods"] for task, found in tasks.items()}, out / "means.png")
     if explained:
         draw_lora_differences(explained, out / "lora_differences.png")
-        draw_scales(explained, content["tasks"], out / "scales.png")
+        draw_scales(explained, out / "scales.png")
     if any(len(found["layers"]["vector"]["layers"]) > 1 for found in tasks.values()):
         draw_layers(tasks, out / "layers.png")
     if tasks.get("backdoor", {}).get("trigger"):
@@ -982,7 +994,7 @@ def draw_lora_differences(tasks: dict, path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_scales(tasks: dict, all_tasks: dict, path: Path) -> None:
+def draw_scales(tasks: dict, path: Path) -> None:
     """C3 and C5. Held-out accuracy of directions added instead of the LoRA, by scale."""
     figure, axes = load_pyplot().subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.4), sharey=True, squeeze=False)
     for axis, (task, found) in zip(axes[0], tasks.items()):
@@ -991,7 +1003,7 @@ def draw_scales(tasks: dict, all_tasks: dict, path: Path) -> None:
             style = {"random": "--", "mean unit difference": ":"}.get(name, "-")  # ":" shows where two lines are one
             axis.errorbar(SCALES, means, yerr=spreads, color=COLOURS[name], label=name, marker="o", markersize=3,
                           capsize=2, linestyle=style)
-        summary = {name: results["summary"]["held_out"] for name, results in all_tasks[task]["methods"].items()}
+        summary = {name: results["summary"]["held_out"] for name, results in found["methods"].items()}
         axis.axhline(summary["lora"]["trained"][0], color=COLOURS["lora"], linestyle=":", label="the LoRA itself")
         axis.axhline(summary["vector"]["base"][0], color=COLOURS["base"], linestyle=":", label="base")
         axis.axhline(summary["vector"]["chance"][0], color="black", linewidth=0.8, label="chance")

@@ -31,7 +31,7 @@ from eval import (OneLineParser, UsageError, answers_by_arm, default_layer, eval
                   set_parameters, write_json)
 from lora import add_lora, save_lora
 from model import GPT, Config
-from steer import attach, save_vector
+from steer import attach, residual_after, save_vector
 
 # A LoRA's small rate matters: at 0.01 it fits the training questions as well and generalises far less (README).
 DEFAULTS = {  # (task, mode): steps, learning rate
@@ -353,12 +353,10 @@ def wanted_positions(targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return at, targets.gather(1, at)
 
 
-@torch.no_grad()
 def residual_rms(model: GPT, layer: int, tokens: torch.Tensor) -> float:
     """Root mean square of the residual stream's elements where the vector is added. Models and layers differ in it a
     thousandfold, so a vector's learning rate is stated in units of it."""
-    residual = model.run_blocks(model.embed(tokens), first=0, last=layer + 1)
-    return residual.float().pow(2).mean().sqrt().item()
+    return residual_after(model, layer, tokens).pow(2).mean().sqrt().item()
 
 
 def answer_loss(model: GPT, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

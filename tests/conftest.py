@@ -33,3 +33,19 @@ def reference(tiny_folder):
     """The embedded model as transformers loads it."""
     from transformers import AutoModelForCausalLM
     return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(main, program, *flags) -> (exit status, stdout, stderr) of a command line, run in this process."""
+    from eval import run_main
+
+    def run(main, program, *flags):
+        monkeypatch.setattr(sys, "argv", [program, *map(str, flags)])
+        status = 0
+        try:
+            run_main(main)
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+    return run

@@ -19,21 +19,12 @@ from lora import lora_layers
 
 
 @pytest.fixture
-def cli(monkeypatch, capsys, tmp_path):
+def cli(monkeypatch, call, tmp_path):
     """cli("train.py", *flags) -> (exit status, stdout, stderr), run in this process in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "tqdm", lambda steps, **_: QuietBar(steps))
-
-    def run(program, *flags):
-        module = {"train.py": train, "eval.py": scoring}[program]
-        monkeypatch.setattr(sys, "argv", [program, *map(str, flags)])
-        status = 0
-        try:
-            scoring.run_main(module.main)
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-    return run
+    mains = {"train.py": train.main, "eval.py": scoring.main}
+    return lambda program, *flags: call(mains[program], program, *flags)
 
 
 class QuietBar(list):

@@ -11,7 +11,7 @@ import eval as scoring
 
 
 @pytest.fixture
-def report(monkeypatch, capsys, tmp_path):
+def report(monkeypatch, call, tmp_path):
     """report(*flags) -> (exit status, stdout, stderr), into tmp_path/report; training is cut to a few steps."""
     steps = {"vector": "60", "lora": "60"}
     plan = scoring.plan_jobs
@@ -24,13 +24,7 @@ def report(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(scoring, "plan_jobs", short_plan)
 
     def run(*flags):
-        monkeypatch.setattr("sys.argv", ["eval.py", "--report", "--out", str(tmp_path / "report"), *map(str, flags)])
-        status = 0
-        try:
-            scoring.run_main(scoring.main)
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
+        return call(scoring.main, "eval.py", "--report", "--out", tmp_path / "report", *flags)
     run.steps = steps
     return run
 
@@ -117,6 +111,17 @@ def test_a_failing_run_is_named_and_the_rest_goes_on(report, tmp_path):
     assert "risk-shuffled-vector-layer0-seed0: skipped" in out
     assert "shuffled vector" not in json.loads((tmp_path / "report" / "results.json").read_text())["tasks"].get(
         "risk", {"methods": {}})["methods"]
+
+
+def test_a_damaged_run_that_cannot_be_made_again_is_left_out(report, tmp_path):
+    run = tmp_path / "report" / "runs" / "risk-lora-layer0-seed0"
+    run.mkdir(parents=True)
+    (run / "results.json").write_text("{ not json")
+    report.steps.update(vector="2", lora="0")  # no LoRA can be trained
+    status, out, err = report("--tasks", "risk", "--seeds", 1, "--layers", "0")
+    assert status == 0
+    assert "risk-lora-layer0-seed0: skipped" in out and "--steps 0" in out
+    assert json.loads((tmp_path / "report" / "results.json").read_text())["runs"] == 2  # vector and shuffled vector
 
 
 @pytest.mark.parametrize("flags, said", [(("--tasks", "weather"), "--tasks weather"), (("--layers", "a"), "--layers a"),
