@@ -202,10 +202,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def make_positions(T: int, start: int, attention_mask: torch.Tensor | None, device) -> torch.Tensor:
-    """Positions (B or 1, T) of the T newest tokens, counted from each row's first real token."""
-    if attention_mask is None:
-        return torch.arange(start, start + T, device=device)[None]
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, start:]
+    """Positions (B or 1, T) of the T newest tokens, each counted from the beginning of its own text."""
+    index = torch.arange(start + T, device=device)[None]
+    if attention_mask is not None:
+        begins = F.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0))  # another text, or padding
+        index = (index - (index * begins).cummax(dim=1).values) * (attention_mask != 0)
+    return index[:, start:]
 
 
 def make_mask(config: Config, layer_type: str, T: int, start: int, attention_mask: torch.Tensor | None, device):
@@ -219,8 +221,8 @@ def make_mask(config: Config, layer_type: str, T: int, start: int, attention_mas
     mask = (key <= query)[None, None]
     if slides:
         mask = mask & (key > query - config.sliding_window)
-    if attention_mask is not None:  # padding sees itself, for a softmax over nothing is NaN
-        mask = (mask & attention_mask[:, None, None].bool()) | (key == query)
+    if attention_mask is not None:  # padding sees padding, for a softmax over nothing is NaN
+        mask = mask & (attention_mask[:, None, start:, None] == attention_mask[:, None, None])
     return mask
 
 
@@ -334,7 +336,11 @@ class GPT(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (B, T, vocab_size) of tokens (B, T) int64; attention_mask (B, T) is False at padding, on any side."""
+        """Logits (B, T, vocab_size) of tokens (B, T) int64.
+
+        attention_mask (B, T) is False at padding, on any side. Or a row holds several texts, one after the other, and
+        it is their numbers from 1 on, with 0 at padding: each text then is as if it were alone.
+        """
         return self.unembed(self.hidden(tokens, attention_mask))
 
     def hidden(self, tokens: torch.Tensor, attention_mask=None, cache=None, start: int = 0) -> torch.Tensor:
@@ -344,12 +350,14 @@ class GPT(nn.Module):
 
     def embed(self, tokens: torch.Tensor, attention_mask=None, start: int = 0) -> torch.Tensor:
         """The residual stream (B, T, d) before layer 0; CheckpointError beyond the last learned position."""
-        x, length, limit = self.embed_tokens(tokens), start + tokens.shape[1], self.config.max_position_embeddings
+        x, limit = self.embed_tokens(tokens), self.config.max_position_embeddings
         if not self.config.learned_positions:
             return x
+        positions = make_positions(tokens.shape[1], start, attention_mask, x.device)
+        length = positions.max().item() + 1
         require(length <= limit, f"a text of {length} tokens is too long for this {self.config.model_type} checkpoint: "
                                  f"max_position_embeddings is {limit}")
-        return x + self.embed_positions(make_positions(tokens.shape[1], start, attention_mask, x.device))
+        return x + self.embed_positions(positions)
 
     def run_blocks(self, x: torch.Tensor, first: int = 0, last: int | None = None, attention_mask=None, cache=None,
                    start: int = 0, at: torch.Tensor | None = None) -> torch.Tensor:

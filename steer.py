@@ -124,7 +124,7 @@ def logit_lens(model: nn.Module, vector: torch.Tensor, count: int) -> tuple[list
     Each token's score is the cosine between the vector, times the final norm's weight, and the token's row of the
     unembedding, less the mean row: rows differ in length, and what all tokens share changes no probability.
     """
-    weight = model.norm.weight.float() + (1.0 if getattr(model.norm, "plus_one", False) else 0.0)
+    weight = model.norm.weight.float() + getattr(model.norm, "offset", 0.0)  # Gemma stores weight - 1
     unembedding = model.lm_head.weight.float()
     unembedding = F.normalize(unembedding - unembedding.mean(0), dim=-1)
     order = (unembedding @ (vector.float() * weight)).argsort(descending=True).tolist()

@@ -31,7 +31,7 @@ from eval import (OneLineParser, UsageError, answers_by_arm, default_layer, eval
                   set_parameters, write_json)
 from lora import add_lora, save_lora
 from model import GPT, Config
-from steer import attach, residual_after, save_vector
+from steer import attach, save_vector
 
 # A LoRA's small rate matters: at 0.01 it fits the training questions as well and generalises far less (README).
 DEFAULTS = {  # (task, mode): steps, learning rate
@@ -209,12 +209,15 @@ def train_loop(args, model, questions, parameters, steering) -> float:
     tokens, targets, mask = make_batch(questions)
     # The last token predicts nothing.
     lengths = torch.tensor([len(q.prompt) + len(q.completion) - 1 for q in questions])
-    lr = args.lr
-    if steering is not None:
-        lr *= residual_rms(model, args.layer, tokens[:args.batch_size].to(args.device))
-    optimizer = torch.optim.Adam(parameters, lr=lr)
     first = first_unfrozen(model, steering)
     kept = keep_frozen(args, model, tokens, lengths, first, steering)
+    lr = args.lr
+    if steering is not None:
+        rows = torch.arange(min(args.batch_size, len(questions)))
+        some = kept[:len(rows)] if kept else frozen_rows(args, model, tokens, lengths, first, steering, rows)
+        # Models and layers differ in it a thousandfold, so a vector's learning rate is stated in units of it.
+        lr *= torch.cat(some).float().pow(2).mean().sqrt().item()
+    optimizer = torch.optim.Adam(parameters, lr=lr)
     losses = load_checkpoint(args, parameters, optimizer) if args.resume else []
     rank, world = rank_and_world()
     start, good = len(losses), [p.detach().clone() for p in parameters]
@@ -223,22 +226,24 @@ def train_loop(args, model, questions, parameters, steering) -> float:
                disable=rank > 0)
     try:
         for step, rows in enumerate(bar, start):
-            optimizer.zero_grad()
-            loss, count = 0.0, (targets[rows] != -100).sum().item()
             # Each process takes its share; where there are too few rows for all, one that counts nothing.
             mine = rows[rank::world] if rank < len(rows) else rows[:1]
-            for part in [mine] if args.shard else split_by_length(mine, lengths):
-                T = lengths[part].max()
-                if kept is None:
-                    residual = frozen_residual(model, tokens[part, :T].to(args.device), steering, first)
-                else:
-                    residual = pad_sequence([kept[i] for i in part.tolist()], batch_first=True)
-                at, wanted = (x.to(args.device) for x in wanted_positions(targets[part, :T]))
-                where = None if mask is None else mask[part, :T].to(args.device)
-                share = (wanted != -100).sum().item() / count if rank < len(rows) else 0.0  # in the whole batch's mean
-                part_loss = share * answer_loss(model, hidden_from(model, residual, first, steering, where, at), wanted)
-                part_loss.backward()
-                loss += part_loss.item()
+            lines = pack(mine, lengths)
+            lay = lambda values, padding: lay_out(values, lines, lengths, padding).to(args.device)
+            texts = number_texts(lines, lengths, args.device)
+            if kept is None:
+                residual = frozen_residual(model, lay(tokens, 0), steering, first, texts)
+            else:
+                residual = lay(kept, 0.0)
+            at, wanted = wanted_positions(lay(targets, -100))
+            where = None if mask is None else lay(mask, False)
+            part_loss = answer_loss(model, hidden_from(model, residual, first, steering, where, at, texts), wanted)
+            # Its part in the mean over the whole batch's answer tokens.
+            answer_tokens = lambda rows: (targets[rows] != -100).sum().item()
+            share = answer_tokens(mine) / answer_tokens(rows) if rank < len(rows) else 0.0
+            optimizer.zero_grad()
+            (share * part_loss).backward()
+            loss = share * part_loss.item()
             if world > 1:
                 loss = add_up(parameters, loss)
             if not math.isfinite(loss):
@@ -321,28 +326,59 @@ def keep_frozen(args, model, tokens, lengths, first: int, steering) -> list[torc
     if size > args.keep_gb * 2 ** 30 or first == 0 or args.steps * args.batch_size <= len(tokens):
         return None
     kept, (rank, world) = [None] * len(tokens), rank_and_world()
-    chunks = lengths.argsort().split(args.batch_size)
+    chunks = torch.arange(len(tokens)).split(args.batch_size)
     for number, rows in enumerate(chunks):
         if number % world == 0:  # each process computes one of the next `world` chunks, and gives it to the others
             own = chunks[min(number + rank, len(chunks) - 1)]
-            residual = frozen_residual(model, tokens[own, :lengths[own].max()].to(args.device), steering, first)
-        shared = residual
+            computed = torch.cat(frozen_rows(args, model, tokens, lengths, first, steering, own))
+        shared = computed
+        if number % world != rank:
+            shared = computed.new_empty(lengths[rows].sum(), computed.shape[1])
         if world > 1:
-            if number % world != rank:
-                shared = residual.new_empty(len(rows), lengths[rows].max(), residual.shape[2])
             dist.broadcast(shared, src=number % world)
-        for i, x in zip(rows.tolist(), shared):
-            kept[i] = x[:lengths[i]].clone()
+        for i, residual in zip(rows.tolist(), shared.split(lengths[rows].tolist())):
+            kept[i] = residual
     return kept
 
 
-def split_by_length(rows: torch.Tensor, lengths: torch.Tensor) -> list[torch.Tensor]:
-    """The rows of a batch in up to four parts of like lengths, whose gradients add up to the batch's: less padding and
-    less memory. One part where padding is little work, or where parts would be too small to keep the device busy."""
-    total, longest = lengths[rows].sum().item(), lengths[rows].max().item()
+def frozen_rows(args, model, tokens, lengths, first: int, steering, rows) -> list[torch.Tensor]:
+    """The frozen_residual (length, d) of each of these rows of tokens."""
+    lines = pack(rows, lengths)
+    laid_out, texts = lay_out(tokens, lines, lengths, 0).to(args.device), number_texts(lines, lengths, args.device)
+    found = {}
+    for line, residual in zip(lines, frozen_residual(model, laid_out, steering, first, texts)):
+        found |= zip(line, residual[:lengths[line].sum()].split(lengths[line].tolist()))
+    return [found[row] for row in rows.tolist()]
+
+
+def pack(rows: torch.Tensor, lengths: torch.Tensor) -> list[list[int]]:
+    """The rows of a batch laid end to end in lines about as long as the two longest, so that next to no padding is
+    computed (sequence packing: Krell et al. 2021, arXiv 2107.02027). One row a line where padding is little work."""
+    longest, total = lengths[rows].max().item(), lengths[rows].sum().item()
     if total > 0.9 * len(rows) * longest:
-        return [rows]
-    return list(rows[lengths[rows].argsort()].chunk(min(4, 1 + total // 256)))
+        return [[row] for row in rows.tolist()]
+    lines = [[] for _ in range(math.ceil(total / (2 * longest)))]
+    used = [0] * len(lines)
+    for row in rows[lengths[rows].argsort(descending=True)].tolist():
+        emptiest = used.index(min(used))
+        lines[emptiest].append(row)
+        used[emptiest] += lengths[row].item()
+    return lines
+
+
+def lay_out(values, lines: list[list[int]], lengths: torch.Tensor, padding) -> torch.Tensor:
+    """The values (length or more, ...) of the rows in each line, one after the other: (lines, T, ...)."""
+    rows = [torch.cat([values[row][:lengths[row]] for row in line]) for line in lines]
+    return pad_sequence(rows, batch_first=True, padding_value=padding)
+
+
+def number_texts(lines: list[list[int]], lengths: torch.Tensor, device) -> torch.Tensor | None:
+    """Which text of its line each token belongs to, (lines, T): the model's attention_mask. None with one text a line:
+    padding on the right needs no mask, and attention is faster without."""
+    if all(len(line) == 1 for line in lines):
+        return None
+    numbers = [torch.arange(1, len(line) + 1).repeat_interleave(lengths[line]) for line in lines]
+    return pad_sequence(numbers, batch_first=True).to(device)
 
 
 def wanted_positions(targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -351,12 +387,6 @@ def wanted_positions(targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     wanted = targets != -100
     at = wanted.int().argsort(dim=1, descending=True, stable=True)[:, :wanted.sum(1).max()]
     return at, targets.gather(1, at)
-
-
-def residual_rms(model: GPT, layer: int, tokens: torch.Tensor) -> float:
-    """Root mean square of the residual stream's elements where the vector is added. Models and layers differ in it a
-    thousandfold, so a vector's learning rate is stated in units of it."""
-    return residual_after(model, layer, tokens).pow(2).mean().sqrt().item()
 
 
 def answer_loss(model: GPT, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from data import EncodedQuestion, encode_question, make_task
 from eval import arm_values, first_unfrozen, score, score_arms, set_parameters
 from lora import add_lora
 from model import GPT, Config, pick
-from steer import attach
+from steer import attach, residual_after
 
 SIZE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
             num_key_value_heads=2, head_dim=16)
@@ -85,7 +85,11 @@ def flags(mode, layer, **others):
 def plain_loop(args, model, questions, parameters, steering):
     """train_loop as one would first write it: each batch through the whole model, all logits."""
     tokens, targets, mask = data.make_batch(questions)
-    lr = args.lr if steering is None else args.lr * train.residual_rms(model, args.layer, tokens[:args.batch_size])
+    lr, some = args.lr, tokens[:args.batch_size]
+    if steering is not None:  # in units of the residual stream's root mean square over the first batch's tokens
+        ends = torch.tensor([len(q.prompt + q.completion) - 1 for q in questions[:args.batch_size]])
+        real = torch.arange(some.shape[1]) < ends[:, None]
+        lr *= residual_after(model, args.layer, some)[real].pow(2).mean().sqrt().item()
     optimizer, generator = torch.optim.Adam(parameters, lr=lr), torch.Generator().manual_seed(args.seed)
     batches = []
     for step in range(args.steps):
@@ -139,17 +143,28 @@ def test_the_embedded_model_trains_as_in_the_plain_loop(tiny_folder, tokenizer, 
     assert_same_training(lambda: GPT.from_pretrained(tiny_folder), questions, mode, layer)
 
 
-@pytest.mark.parametrize("mode, layer", [("vector", 2), ("lora", 3)])
-def test_a_batch_in_parts_of_like_lengths_gives_the_gradient_of_the_whole(mode, layer):
-    questions = random_questions(32, shortest=2, longest=80)
+@every_family
+@pytest.mark.parametrize("mode, layer, keep_gb", [("vector", 2, 1.0), ("lora", 3, 1.0), ("vector", 2, 0.0)])
+def test_a_packed_batch_gives_the_gradient_of_the_whole(family, mode, layer, keep_gb):
+    questions = random_questions(32, shortest=2, longest=70)
     lengths = torch.tensor([len(q.prompt + q.completion) - 1 for q in questions])
-    parts = train.split_by_length(torch.arange(16), lengths)
-    assert len(parts) > 1 and torch.cat(parts).sort().values.tolist() == list(range(16))
-    assert_same_training(lambda: random_model("gemma3"), questions, mode, layer, batch_size=16)
+    lines = train.pack(torch.arange(16), lengths)
+    assert len(lines) < 16 and sorted(sum(lines, [])) == list(range(16))
+    assert_same_training(lambda: random_model(family), questions, mode, layer, batch_size=16, keep_gb=keep_gb)
 
 
-def test_a_batch_of_like_lengths_stays_whole():
-    assert len(train.split_by_length(torch.arange(64), torch.full((64,), 20))) == 1
+@every_family
+def test_texts_packed_in_one_row_are_as_if_each_were_alone(family):
+    model, texts = random_model(family), [torch.randint(97, (length,)) for length in (20, 30, 11)]
+    packed = torch.cat([*texts, torch.zeros(4, dtype=torch.long)])[None]
+    numbers = torch.cat([torch.full((len(text),), i + 1) for i, text in enumerate(texts)] + [torch.zeros(4)])[None]
+    together = model(packed, numbers)[0, :61].split([20, 30, 11])
+    for text, logits in zip(texts, together):
+        torch.testing.assert_close(logits, model(text[None])[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_of_like_lengths_has_one_question_a_line():
+    assert train.pack(torch.arange(64), torch.full((64,), 20)) == [[i] for i in range(64)]
 
 
 # ---------------------------------------------------------------------------------------------------- scoring
