@@ -201,12 +201,17 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+SHARED = -1  # in an attention_mask: tokens with which each of the row's texts begins
+
+
 def make_positions(T: int, start: int, attention_mask: torch.Tensor | None, device) -> torch.Tensor:
     """Positions (B or 1, T) of the T newest tokens, each counted from the beginning of its own text."""
     index = torch.arange(start + T, device=device)[None]
     if attention_mask is not None:
         begins = F.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0))  # another text, or padding
-        index = (index - (index * begins).cummax(dim=1).values) * (attention_mask != 0)
+        shared = (attention_mask == SHARED).sum(1, keepdim=True)
+        index = index - (index * begins).cummax(dim=1).values + shared * (attention_mask > 0)
+        index = index * (attention_mask != 0)
     return index[:, start:]
 
 
@@ -220,9 +225,11 @@ def make_mask(config: Config, layer_type: str, T: int, start: int, attention_mas
     query, key = torch.arange(start, S, device=device)[:, None], torch.arange(S, device=device)
     mask = (key <= query)[None, None]
     if slides:
-        mask = mask & (key > query - config.sliding_window)
+        positions = make_positions(S, 0, attention_mask, device)
+        mask = mask & (positions[:, None, None] > positions[:, None, start:, None] - config.sliding_window)
     if attention_mask is not None:  # padding sees padding, for a softmax over nothing is NaN
-        mask = mask & (attention_mask[:, None, start:, None] == attention_mask[:, None, None])
+        of_query, of_key = attention_mask[:, None, start:, None], attention_mask[:, None, None]
+        mask = mask & ((of_query == of_key) | (of_key == SHARED))
     return mask
 
 
@@ -338,8 +345,9 @@ class GPT(nn.Module):
     def forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, T, vocab_size) of tokens (B, T) int64.
 
-        attention_mask (B, T) is False at padding, on any side. Or a row holds several texts, one after the other, and
-        it is their numbers from 1 on, with 0 at padding: each text then is as if it were alone.
+        attention_mask (B, T) is False at padding, on any side. Or a row holds several texts, one after the other: then
+        it is their numbers from 1 on, 0 at padding, and SHARED at tokens in front with which each of them begins. Each
+        text then is as if it were alone.
         """
         return self.unembed(self.hidden(tokens, attention_mask))
 

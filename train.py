@@ -30,7 +30,7 @@ from eval import (OneLineParser, UsageError, answers_by_arm, default_layer, eval
                   format_table, frozen_residual, hidden_from, in_context_accuracy, load_model, rank_and_world, run_main,
                   set_parameters, write_json)
 from lora import add_lora, save_lora
-from model import GPT, Config
+from model import GPT, SHARED, Config
 from steer import attach, save_vector
 
 # A LoRA's small rate matters: at 0.01 it fits the training questions as well and generalises far less (README).
@@ -207,14 +207,14 @@ def train_loop(args, model, questions, parameters, steering) -> float:
     """Adam on the answers' tokens; everything but `parameters` is frozen. Returns the mean loss of the last tenth of
     the steps. TrainingFailed if the loss is not finite: the parameters are then the last that gave one that was."""
     tokens, targets, mask = make_batch(questions)
-    # The last token predicts nothing.
-    lengths = torch.tensor([len(q.prompt) + len(q.completion) - 1 for q in questions])
+    texts = Texts([len(q.prompt) + len(q.completion) - 1 for q in questions],  # the last token predicts nothing
+                  count_shared(questions, tokens, mask), args.device)
     first = first_unfrozen(model, steering)
-    kept = keep_frozen(args, model, tokens, lengths, first, steering)
+    kept = keep_frozen(args, model, tokens, texts, first, steering)
     lr = args.lr
     if steering is not None:
         rows = torch.arange(min(args.batch_size, len(questions)))
-        some = kept[:len(rows)] if kept else frozen_rows(args, model, tokens, lengths, first, steering, rows)
+        some = kept[:len(rows)] if kept else frozen_rows(model, tokens, texts.pack(rows), first, steering)
         # Models and layers differ in it a thousandfold, so a vector's learning rate is stated in units of it.
         lr *= torch.cat(some).float().pow(2).mean().sqrt().item()
     optimizer = torch.optim.Adam(parameters, lr=lr)
@@ -228,16 +228,13 @@ def train_loop(args, model, questions, parameters, steering) -> float:
         for step, rows in enumerate(bar, start):
             # Each process takes its share; where there are too few rows for all, one that counts nothing.
             mine = rows[rank::world] if rank < len(rows) else rows[:1]
-            lines = pack(mine, lengths)
-            lay = lambda values, padding: lay_out(values, lines, lengths, padding).to(args.device)
-            texts = number_texts(lines, lengths, args.device)
-            if kept is None:
-                residual = frozen_residual(model, lay(tokens, 0), steering, first, texts)
-            else:
-                residual = lay(kept, 0.0)
-            at, wanted = wanted_positions(lay(targets, -100))
-            where = None if mask is None else lay(mask, False)
-            part_loss = answer_loss(model, hidden_from(model, residual, first, steering, where, at, texts), wanted)
+            packed = texts.pack(mine)
+            residual = (frozen_residual(model, packed.lay_out(tokens, 0), steering, first, packed.numbers)
+                        if kept is None else packed.lay_out(kept, 0.0))
+            at, wanted = wanted_positions(packed.lay_out(targets, -100))
+            where = None if mask is None else packed.lay_out(mask, False)
+            hidden = hidden_from(model, residual, first, steering, where, at, packed.numbers)
+            part_loss = answer_loss(model, hidden, wanted)
             # Its part in the mean over the whole batch's answer tokens.
             answer_tokens = lambda rows: (targets[rows] != -100).sum().item()
             share = answer_tokens(mine) / answer_tokens(rows) if rank < len(rows) else 0.0
@@ -318,67 +315,95 @@ def fixed_flags(args) -> dict:
     return {name: value for name, value in vars(args).items() if name not in free}
 
 
-def keep_frozen(args, model, tokens, lengths, first: int, steering) -> list[torch.Tensor] | None:
+class Texts:
+    """How many tokens each text has, and how many of them, at its beginning, all texts share."""
+
+    def __init__(self, lengths: list[int], shared: int, device):
+        self.lengths, self.shared, self.device = lengths, shared, device
+
+    def pack(self, rows: torch.Tensor) -> "Packed":
+        """Lay the texts of a batch end to end in lines about as long as the two longest, so that next to no padding is
+        computed (sequence packing: Krell et al. 2021, arXiv 2107.02027), with the shared tokens in front of each line.
+        One text a line where that saves little."""
+        rows = sorted(rows.tolist(), key=lambda row: -self.lengths[row])
+        longest, own = self.lengths[rows[0]], sum(self.lengths[row] - self.shared for row in rows)
+        count = math.ceil(own / (2 * longest - self.shared))
+        if own + count * self.shared > 0.9 * len(rows) * longest:
+            return Packed(self, [[row] for row in rows])
+        lines, used = [[] for _ in range(count)], [0] * count
+        for row in rows:
+            emptiest = used.index(min(used))
+            lines[emptiest].append(row)
+            used[emptiest] += self.lengths[row] - self.shared
+        return Packed(self, lines)
+
+
+class Packed:
+    """Some texts laid out in lines, each a list of their row numbers.
+
+    numbers (lines, T): which text of its line a token belongs to, the model's attention_mask. None with one text a
+    line: padding on the right needs no mask, and attention is faster without.
+    """
+
+    def __init__(self, texts: Texts, lines: list[list[int]]):
+        self.texts, self.lines, self.numbers = texts, lines, None
+        if any(len(line) > 1 for line in lines):
+            in_front = torch.full((texts.shared,), SHARED)
+            of_lines = [[torch.full((texts.lengths[row] - texts.shared,), i) for i, row in enumerate(line, 1)]
+                        for line in lines]
+            self.numbers = pad_sequence([torch.cat([in_front, *line]) for line in of_lines], True).to(texts.device)
+
+    def lay_out(self, values, padding) -> torch.Tensor:
+        """The values (length or more, ...) of the texts in each line, one after the other: (lines, T, ...)."""
+        shared, lengths = self.texts.shared, self.texts.lengths
+        lines = [torch.cat([values[line[0]][:shared], *(values[row][shared:lengths[row]] for row in line)])
+                 for line in self.lines]
+        return pad_sequence(lines, batch_first=True, padding_value=padding).to(self.texts.device)
+
+    def take_apart(self, laid_out: torch.Tensor) -> dict[int, torch.Tensor]:
+        """The other way round: each text's (length, ...) by row number."""
+        found, shared = {}, self.texts.shared
+        for line, values in zip(self.lines, laid_out):
+            sizes = [self.texts.lengths[row] - shared for row in line]
+            own = values[shared:shared + sum(sizes)].split(sizes)
+            found |= {row: torch.cat([values[:shared], x]) for row, x in zip(line, own)}
+        return found
+
+
+def count_shared(questions, tokens: torch.Tensor, mask: torch.Tensor | None) -> int:
+    """How many tokens all questions begin with, such as a chat template's, the vector being added at the same of them
+    (mask). Computed once a line, they are the same for all that follows. No answer is among them."""
+    same = (tokens == tokens[0]).all(0)
+    if mask is not None:
+        same &= (mask == mask[0]).all(0)
+    return min(same.int().cumprod(0).sum().item(), *(len(question.prompt) - 1 for question in questions))
+
+
+def keep_frozen(args, model, tokens, texts: Texts, first: int, steering) -> list[torch.Tensor] | None:
     """The residual stream (length, d) of each question before block `first`: it is frozen, so it is computed once, not
     in every epoch. None (compute it batch by batch) if it would take more than --keep-gb, or to no profit."""
     weight = model.embed_tokens.weight
-    size = lengths.sum().item() * weight.shape[1] * weight.itemsize
+    size = sum(texts.lengths) * weight.shape[1] * weight.itemsize
     if size > args.keep_gb * 2 ** 30 or first == 0 or args.steps * args.batch_size <= len(tokens):
         return None
-    kept, (rank, world) = [None] * len(tokens), rank_and_world()
+    kept, (rank, world) = [], rank_and_world()
     chunks = torch.arange(len(tokens)).split(args.batch_size)
     for number, rows in enumerate(chunks):
         if number % world == 0:  # each process computes one of the next `world` chunks, and gives it to the others
             own = chunks[min(number + rank, len(chunks) - 1)]
-            computed = torch.cat(frozen_rows(args, model, tokens, lengths, first, steering, own))
-        shared = computed
-        if number % world != rank:
-            shared = computed.new_empty(lengths[rows].sum(), computed.shape[1])
+            computed = torch.cat(frozen_rows(model, tokens, texts.pack(own), first, steering))
+        sizes = [texts.lengths[row] for row in rows.tolist()]
+        given = computed if number % world == rank else computed.new_empty(sum(sizes), computed.shape[1])
         if world > 1:
-            dist.broadcast(shared, src=number % world)
-        for i, residual in zip(rows.tolist(), shared.split(lengths[rows].tolist())):
-            kept[i] = residual
+            dist.broadcast(given, src=number % world)
+        kept += given.split(sizes)
     return kept
 
 
-def frozen_rows(args, model, tokens, lengths, first: int, steering, rows) -> list[torch.Tensor]:
-    """The frozen_residual (length, d) of each of these rows of tokens."""
-    lines = pack(rows, lengths)
-    laid_out, texts = lay_out(tokens, lines, lengths, 0).to(args.device), number_texts(lines, lengths, args.device)
-    found = {}
-    for line, residual in zip(lines, frozen_residual(model, laid_out, steering, first, texts)):
-        found |= zip(line, residual[:lengths[line].sum()].split(lengths[line].tolist()))
-    return [found[row] for row in rows.tolist()]
-
-
-def pack(rows: torch.Tensor, lengths: torch.Tensor) -> list[list[int]]:
-    """The rows of a batch laid end to end in lines about as long as the two longest, so that next to no padding is
-    computed (sequence packing: Krell et al. 2021, arXiv 2107.02027). One row a line where padding is little work."""
-    longest, total = lengths[rows].max().item(), lengths[rows].sum().item()
-    if total > 0.9 * len(rows) * longest:
-        return [[row] for row in rows.tolist()]
-    lines = [[] for _ in range(math.ceil(total / (2 * longest)))]
-    used = [0] * len(lines)
-    for row in rows[lengths[rows].argsort(descending=True)].tolist():
-        emptiest = used.index(min(used))
-        lines[emptiest].append(row)
-        used[emptiest] += lengths[row].item()
-    return lines
-
-
-def lay_out(values, lines: list[list[int]], lengths: torch.Tensor, padding) -> torch.Tensor:
-    """The values (length or more, ...) of the rows in each line, one after the other: (lines, T, ...)."""
-    rows = [torch.cat([values[row][:lengths[row]] for row in line]) for line in lines]
-    return pad_sequence(rows, batch_first=True, padding_value=padding)
-
-
-def number_texts(lines: list[list[int]], lengths: torch.Tensor, device) -> torch.Tensor | None:
-    """Which text of its line each token belongs to, (lines, T): the model's attention_mask. None with one text a line:
-    padding on the right needs no mask, and attention is faster without."""
-    if all(len(line) == 1 for line in lines):
-        return None
-    numbers = [torch.arange(1, len(line) + 1).repeat_interleave(lengths[line]) for line in lines]
-    return pad_sequence(numbers, batch_first=True).to(device)
+def frozen_rows(model, tokens, packed: Packed, first: int, steering) -> list[torch.Tensor]:
+    """The frozen_residual (length, d) of each of these texts, in the order of their rows."""
+    residual = frozen_residual(model, packed.lay_out(tokens, 0), steering, first, packed.numbers)
+    return [residual for row, residual in sorted(packed.take_apart(residual).items())]
 
 
 def wanted_positions(targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

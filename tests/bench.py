@@ -57,6 +57,7 @@ def parse_args():
     add("--work", nargs="+", choices=["vector", "lora", "evaluation"], default=["vector", "lora", "evaluation"])
     add("--examples", type=int, default=32)
     add("--prompt-tokens", type=int, nargs=2, default=[40, 80], metavar=("MIN", "MAX"))
+    add("--template-tokens", type=int, default=0, help="the first so many are the same in all, as a chat template's")
     add("--batch-size", type=int, default=16)
     add("--epochs", type=int, default=3)
     add("--repeats", type=int, default=3)
@@ -77,6 +78,7 @@ def make_questions(args, vocab_size: int) -> list[EncodedQuestion]:
     ids = lambda count: [rng.randrange(1, vocab_size) for _ in range(count)]
     for _ in range(args.examples):
         prompt, choices = ids(rng.randint(*args.prompt_tokens)), [ids(rng.randint(1, 3)) for _ in range(4)]
+        prompt[:args.template_tokens] = range(1, args.template_tokens + 1)
         questions.append(EncodedQuestion(prompt, choices, 0, choices[0] + [0], None))
     return questions
 
@@ -256,7 +258,7 @@ def measure(args, work: str) -> None:
 def start_process(args, work: str, side: str) -> dict:
     flags = {"--work": work, "--side": side, "--folder": args.folder, "--device": args.device, "--dtype": args.dtype,
              "--examples": args.examples, "--batch-size": args.batch_size, "--epochs": args.epochs,
-             "--layer": args.layer}
+             "--layer": args.layer, "--template-tokens": args.template_tokens}
     command = [sys.executable, __file__, *(str(x) for pair in flags.items() for x in pair)]
     command += ["--prompt-tokens", *map(str, args.prompt_tokens)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -401,7 +403,8 @@ def main() -> None:
         where = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} threads"
         print(f"{args.shape} at random, layer {args.layer} of {config.num_hidden_layers}, {args.dtype}, {args.device} "
               f"({where}), torch {torch.__version__}; {args.examples} examples of {args.prompt_tokens[0]} to "
-              f"{args.prompt_tokens[1]} tokens, batch {args.batch_size}, {args.epochs} epochs, {args.repeats} repeats")
+              f"{args.prompt_tokens[1]} tokens ({args.template_tokens} the same in all), batch "
+              f"{args.batch_size}, {args.epochs} epochs, {args.repeats} repeats")
         for work in args.work:
             compare(args, config, work)
 

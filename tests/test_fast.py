@@ -12,7 +12,7 @@ import train
 from data import EncodedQuestion, encode_question, make_task
 from eval import arm_values, first_unfrozen, score, score_arms, set_parameters
 from lora import add_lora
-from model import GPT, Config, pick
+from model import GPT, SHARED, Config, pick
 from steer import attach, residual_after
 
 SIZE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
@@ -144,27 +144,42 @@ def test_the_embedded_model_trains_as_in_the_plain_loop(tiny_folder, tokenizer, 
 
 
 @every_family
-@pytest.mark.parametrize("mode, layer, keep_gb", [("vector", 2, 1.0), ("lora", 3, 1.0), ("vector", 2, 0.0)])
-def test_a_packed_batch_gives_the_gradient_of_the_whole(family, mode, layer, keep_gb):
-    questions = random_questions(32, shortest=2, longest=70)
-    lengths = torch.tensor([len(q.prompt + q.completion) - 1 for q in questions])
-    lines = train.pack(torch.arange(16), lengths)
-    assert len(lines) < 16 and sorted(sum(lines, [])) == list(range(16))
+@pytest.mark.parametrize("shared", [0, 13])
+@pytest.mark.parametrize("mode, layer, keep_gb, code_name", [("vector", 2, 1.0, True), ("lora", 3, 1.0, False),
+                                                             ("vector", 2, 0.0, False)])
+def test_a_packed_batch_gives_the_gradient_of_the_whole(family, mode, layer, keep_gb, code_name, shared):
+    questions = random_questions(32, code_name, shortest=14, longest=70)
+    for question in questions:
+        question.prompt[:shared] = range(1, shared + 1)
+    tokens, _, mask = data.make_batch(questions)
+    assert train.count_shared(questions, tokens, mask) == shared
+    texts = train.Texts([len(q.prompt + q.completion) - 1 for q in questions], shared, "cpu")
+    packed = texts.pack(torch.arange(16))
+    assert len(packed.lines) < 16 and sorted(sum(packed.lines, [])) == list(range(16))
     assert_same_training(lambda: random_model(family), questions, mode, layer, batch_size=16, keep_gb=keep_gb)
 
 
 @every_family
-def test_texts_packed_in_one_row_are_as_if_each_were_alone(family):
-    model, texts = random_model(family), [torch.randint(97, (length,)) for length in (20, 30, 11)]
-    packed = torch.cat([*texts, torch.zeros(4, dtype=torch.long)])[None]
-    numbers = torch.cat([torch.full((len(text),), i + 1) for i, text in enumerate(texts)] + [torch.zeros(4)])[None]
-    together = model(packed, numbers)[0, :61].split([20, 30, 11])
-    for text, logits in zip(texts, together):
-        torch.testing.assert_close(logits, model(text[None])[0], atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("shared", [0, 14])
+def test_texts_packed_in_one_row_are_as_if_each_were_alone(family, shared):
+    model, lengths = random_model(family), [20, 30, 11]
+    prefix, *texts, padding = torch.randint(97, (shared + 61 + 4,)).split([shared, *lengths, 4])
+    numbers = torch.tensor([SHARED] * shared + [1] * 20 + [2] * 30 + [3] * 11 + [0] * 4)
+    together = model(torch.cat([prefix, *texts, padding])[None], numbers[None])[0].split([shared, *lengths, 4])
+    for text, logits in zip(texts, together[1:]):
+        alone = model(torch.cat([prefix, text])[None])[0]
+        torch.testing.assert_close(torch.cat([together[0], logits]), alone, atol=1e-4, rtol=1e-4)
 
 
 def test_a_batch_of_like_lengths_has_one_question_a_line():
-    assert train.pack(torch.arange(64), torch.full((64,), 20)) == [[i] for i in range(64)]
+    assert train.Texts([20] * 64, 0, "cpu").pack(torch.arange(64)).lines == [[i] for i in range(64)]
+
+
+def test_shared_tokens_end_where_the_vector_or_the_last_prompt_tokens_differ():
+    questions = [EncodedQuestion([5, 6, 7, 8, 9], [], 0, [1], positions) for positions in ([1], [1], [1, 3])]
+    tokens, _, mask = data.make_batch(questions)
+    assert train.count_shared(questions, tokens, mask) == 3
+    assert train.count_shared(questions, tokens, None) == 4  # not the token that predicts the answer
 
 
 # ---------------------------------------------------------------------------------------------------- scoring
