@@ -5,6 +5,7 @@
     python eval.py --mean RUN_DIR ...                  average many runs, a table for each task
     python eval.py --explain RUN_DIR                   what a run's vector or LoRA does inside
     python eval.py --report                            the paper's claims on the tiny model, from training to figures
+    python eval.py --sweep layers --task risk          of these only accuracy by layer
 
 In this order: scoring, showing, runs, explaining a run, the report, figures. The last three can be skipped.
 """
@@ -40,6 +41,8 @@ from lora import load_lora, lora_layers
 from model import GPT, CheckpointError, Config, find_checkpoint, rotate
 from steer import (SteeringVector, attach, detach, load_vector, logit_lens, mean_unit_difference, pairwise_cosine,
                    principal_component, residual_after)
+
+SECTIONS = "in_distribution", "held_out"  # of a task's questions, and of the figures about them
 
 
 class UsageError(ValueError):
@@ -184,8 +187,7 @@ def evaluate(model: GPT, tokenizer: Tokenizer, task: Task, parameters: list[nn.P
     Returns {"in_distribution": {kind: figures}, "held_out": {kind: figures}}; figures are the accuracy of each arm, the
     probability of the right answer, the chance level and the number of questions.
     """
-    kinds = [(section, kind, questions) for section in ("in_distribution", "held_out")
-             for kind, questions in getattr(task, section).items()]
+    kinds = [(section, kind, questions) for section in SECTIONS for kind, questions in getattr(task, section).items()]
     encoded = [encode_question(tokenizer, question) for _, _, questions in kinds for question in questions]
     results = {"in_distribution": {}, "held_out": {}}
     for section, kind, questions in kinds:
@@ -234,7 +236,7 @@ def format_table(results: dict, columns: dict[str, dict] | None = None) -> str:
     headings = ["chance", "base", "random", *columns]
     width = max(9, *(len(heading) + 2 for heading in headings))
     lines = [f"{'':26}{'questions':>9}" + "".join(f"{heading:>{width}}" for heading in headings)]
-    for section in ("in_distribution", "held_out"):
+    for section in SECTIONS:
         lines.append(section.replace("_", " "))
         for kind, figures in results[section].items():
             row = [figures[name] for name in ("chance", "base", "random")]
@@ -364,7 +366,7 @@ def mean_results(runs: list[dict]) -> dict:
     """The mean of the results of several runs of one task. Beside the means, "runs" counts them, "spread" is the
     standard deviation over runs of the mean of the held-out kinds, "trained_spread" that of one kind's accuracy."""
     mean = {"runs": len(runs), "spread": spread([held_out_mean(run) for run in runs])}
-    for section in ("in_distribution", "held_out"):
+    for section in SECTIONS:
         mean[section] = {}
         for kind, figures in runs[0][section].items():
             mean[section][kind] = {name: sum(run[section][kind][name] for run in runs) / len(runs) for name in figures}
@@ -427,7 +429,7 @@ def explain_lora(run: Run) -> tuple[dict, dict[str, torch.Tensor]]:
     rng = random.Random(run.flags["seed"])
     sections = {section: {kind: [encode_question(run.tokenizer, question) for question in questions[:SAMPLE]]
                           for kind, questions in getattr(run.task, section).items()}
-                for section in ("in_distribution", "held_out")}
+                for section in SECTIONS}
     train = [encode_question(run.tokenizer, q) for q in rng.sample(run.task.train, min(32, len(run.task.train)))]
     asked = [question for questions in sections["held_out"].values() for question in questions]
     on_held_out, on_train = lora_differences(run, asked), lora_differences(run, train)
@@ -632,17 +634,12 @@ class Job:
     layer: int | str
     seed: int
     is_main: bool  # at the default layer, not only a point on the curve over layers
+    explain: bool
     flags: list[str]
 
     @property
     def name(self) -> str:
         return f"{self.task}-{self.method}-layer{self.layer}-seed{self.seed}".replace(", ", "-").replace(" ", "-")
-
-    @property
-    def explain(self) -> bool:
-        if self.method == "vector":  # one logit lens a layer is enough; of a backdoor's vectors all, for the trigger
-            return self.seed == 0 or (self.is_main and self.task == "backdoor")
-        return self.is_main and self.method == "lora"
 
 
 def plan_jobs(args, model_layers: int) -> list[Job]:
@@ -652,16 +649,20 @@ def plan_jobs(args, model_layers: int) -> list[Job]:
         swept = args.layers or sorted({-1, *range(0, model_layers, max(1, model_layers // 8)), model_layers - 1})
         methods = [("vector", layer, []) for layer in sorted({*swept, main["vector"]})]
         methods += [("lora", layer, []) for layer in sorted({*swept, main["lora"]}) if layer >= 0]
-        methods += [("lora, all layers", "all", [])] if model_layers > 1 else []
-        methods += [("shuffled vector", main["vector"], ["--shuffle-answers"])]
-        methods += [("vector at the trigger", main["vector"], ["--at", data.TRIGGER])] if task == "backdoor" else []
+        if not args.sweep:
+            methods += [("lora, all layers", "all", [])] if model_layers > 1 else []
+            methods += [("shuffled vector", main["vector"], ["--shuffle-answers"])]
+            methods += [("vector at the trigger", main["vector"], ["--at", data.TRIGGER])] if task == "backdoor" else []
         for method, layer, more in methods:
             mode = "lora" if "lora" in method else "vector"
             flags = {"mode": mode, "task": task, "concept": REPORT_CONCEPTS[task][seed % 2], "model": args.model,
                      "layer": layer, "seed": seed}
             flags = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
             flags += more + ["--device", args.device]
-            jobs.append(Job(task, method, layer, seed, layer in (main[mode], "all"), flags))
+            is_main = layer in (main[mode], "all")
+            # One logit lens a layer is enough; of a backdoor's vectors all are explained, for the trigger.
+            explain = {"lora": is_main, "vector": seed == 0 or (is_main and task == "backdoor")}.get(method, False)
+            jobs.append(Job(task, method, layer, seed, is_main, explain and not args.sweep, flags))
     return jobs
 
 
@@ -766,6 +767,8 @@ def report(args) -> None:
     write_json(out / "results.json", content)
     (out / "report.md").write_text(format_report(content), encoding="utf-8")
     draw_report(content, out)
+    if args.sweep:
+        print(format_report(content))
     print(f"{out}/report.md, results.json and figures: {len(results)} runs, {old} of them from before")
     for note in notes:
         print(f"note: {note}")
@@ -777,17 +780,15 @@ def summarise(task: str, jobs: list[Job], results: dict[str, dict], folder: Path
     for method in METHODS:
         runs = [results[job.name] for job in jobs if job.method == method and job.is_main]
         if runs:
-            content["methods"][method] = mean_results(runs) | {
-                "layer": runs[0]["layer"], "summary": {section: {column: mean_spread([run_mean(run, section, column)
-                                                                                     for run in runs])
-                                                       for column in ("chance", "base", "random", "trained")}
-                                                       for section in ("in_distribution", "held_out")}}
+            summary = {section: {column: mean_spread([run_mean(run, section, column) for run in runs])
+                                 for column in ("chance", "base", "random", "trained")} for section in SECTIONS}
+            content["methods"][method] = mean_results(runs) | {"layer": runs[0]["layer"], "summary": summary}
     for method in ("vector", "lora"):
         layers = sorted({job.layer for job in jobs if job.method == method})
         content["layers"][method] = {"layers": layers} | {
             section: [mean_spread([run_mean(results[job.name], section) for job in jobs
                                    if job.method == method and job.layer == layer]) for layer in layers]
-            for section in ("in_distribution", "held_out")}
+            for section in SECTIONS}
 
     explained = {job: read_if_whole(folder / job.name / "explain.json") for job in jobs}
     explained = {job: found for job, found in explained.items() if found is not None}
@@ -863,12 +864,14 @@ def format_report(content: dict) -> str:
         return "\n".join(lines) + "\n"
 
     def table(title: str, headings: list[str], rows: list[list[str]]) -> None:
+        if not rows:
+            return
         lines.extend(["", f"## {title}", "", "| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"])
         lines.extend("| " + " | ".join(row) + " |" for row in rows)
 
     rows = []
     for task, found in tasks.items():
-        for section in ("in_distribution", "held_out"):
+        for section in SECTIONS:
             methods = {name: results["summary"][section] for name, results in found["methods"].items()}
             vector = methods["vector"]
             questions = sum(k["questions"] for k in found["methods"]["vector"][section].values())
@@ -897,9 +900,16 @@ def format_report(content: dict) -> str:
           ["task", "layer", "norm", "cosine between seeds, same concept", "cosine between seeds, other concept"],
           [[task, str(found["vectors"]["layer"])] + [cell(found["vectors"][name]) for name in
            ("norm", "same_concept", "other_concept")] for task, found in explained.items()])
+    layers = sorted({layer for found in tasks.values() for curve in found["layers"].values()
+                     for layer in curve["layers"]})
+    table("C6: by layer (-1: the embedding)", ["task", "method", "kinds", *map(str, layers)],
+          [[task, method, section.replace("_", " "),
+            *(cell(dict(zip(curve["layers"], curve[section])).get(layer)) for layer in layers)]
+           for task, found in tasks.items() for method, curve in found["layers"].items()
+           for section in SECTIONS])
     if "backdoor" in tasks:
         methods = tasks["backdoor"]["methods"]
-        kinds = [(section, kind) for section in ("in_distribution", "held_out") for kind in methods["vector"][section]]
+        kinds = [(section, kind) for section in SECTIONS for kind in methods["vector"][section]]
         columns = {"chance": ("vector", "chance"), "base": ("vector", "base"), "random vector": ("vector", "random")}
         columns |= {f"{name}, layer {results['layer']}": (name, "trained") for name, results in methods.items()}
         table("C7: a backdoor by one vector", ["kind", "questions", *columns],
@@ -942,7 +952,7 @@ def draw_means(groups: dict, path: str) -> None:
     figure, axes = load_pyplot().subplots(len(groups), 1, figsize=(9, 2.6 * len(groups)), squeeze=False)
     for axis, (task, methods) in zip(axes[:, 0], groups.items()):
         first = next(iter(methods.values()))
-        kinds = [(section, kind) for section in ("in_distribution", "held_out") for kind in first[section]]
+        kinds = [(section, kind) for section in SECTIONS for kind in first[section]]
         bars = {"base": (first, "base"), "random": (first, "random")}
         bars |= {name: (methods[name], "trained") for name in COLOURS if name in methods}
         width = 0.8 / len(bars)
@@ -1086,14 +1096,18 @@ def parse_args():
     add("--figure", metavar="FILE.png", help="with --mean: draw the means there too")
     add("--explain", action="store_true", help="what each run's vector or LoRA does inside; writes explain.json there")
     add("--report", action="store_true", help="train, score and draw all of the paper's claims")
+    add("--sweep", choices=["layers"], help="of the report only accuracy by layer")
     add("--model", default="tiny", help="of the report: tiny, a checkpoint folder or a hub name")
     add("--tasks", "--task", default=",".join(data.TASKS), help="of the report, with commas between")
     add("--layers", help="of the report: those to compare, with commas between (default: about nine)")
     add("--seeds", type=int, default=5, help="of the report: how many, from 0 on")
     add("--jobs", type=int, help="of the report: runs at a time (default: one a core; on cuda one)")
-    add("--out", default="out/report", help="of the report: its folder; runs that are there are not made again")
+    add("--out", help="of the report: its folder; runs that are there are not made again (default: out/report, or "
+                      "out/sweep)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    args.out = args.out or ("out/sweep" if args.sweep else "out/report")
+    args.report = args.report or args.sweep is not None
     if not args.report and not args.runs:
         parser.error("name at least one RUN_DIR, or --report")
     if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):

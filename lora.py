@@ -117,9 +117,12 @@ def save_lora(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_lora(model: nn.Module, folder: str | Path) -> list[nn.Parameter]:
-    """Add the LoRA that `save_lora`, or PEFT with its default options, wrote to `folder`. Raises ValueError if it does
-    not fit the model."""
+    """Add the LoRA that `save_lora` or PEFT wrote to `folder`. Raises ValueError if it does not fit the model, or has
+    one of PEFT's options that would make it another sum than ours."""
     config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    for option in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern"):
+        if config.get(option):
+            raise ValueError(f"{folder}/adapter_config.json: {option} is set, which is not supported")
     tensors = load_file(Path(folder) / "adapter_model.safetensors")
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)
              and name.startswith("layers.") and f"{peft_name(model, name)}.lora_A.weight" in tensors]

@@ -169,3 +169,13 @@ def test_an_adapter_on_more_than_the_layers_is_refused(model, reference, tmp_pat
     with pytest.raises(ValueError, match="does not fit this model at base_model.model.lm_head"):
         load_lora(model, tmp_path)
     assert not lora_layers(model)
+
+
+@pytest.mark.parametrize("option", [{"use_rslora": True}, {"alpha_pattern": {"up_proj": 4}}])
+def test_pefts_options_that_change_the_sum_are_refused(model, reference, tmp_path, option):
+    theirs = get_peft_model(reference, LoraConfig(r=2, target_modules=["up_proj"], layers_to_transform=[1], **option))
+    theirs.save_pretrained(tmp_path)
+    theirs.unload()
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is set"):
+        load_lora(model, tmp_path)
+    assert not lora_layers(model)

@@ -30,7 +30,8 @@ def report(monkeypatch, call, tmp_path):
 
 
 def plan(tasks, layers=None, seeds=1, model="tiny", model_layers=4):
-    args = argparse.Namespace(tasks=tasks, layers=layers, seeds=seeds, model=model, device="cpu")
+    args = argparse.Namespace(tasks=tasks, layers=layers, seeds=seeds, model=model, device="cpu",
+                              sweep=None)
     return scoring.plan_jobs(args, model_layers)
 
 
@@ -66,7 +67,7 @@ def test_the_report_measures_writes_and_resumes(report, tmp_path):
     assert 0 <= found["lora_adds"]["share"][0] <= 1
     assert set(found["added"]) == {"principal component", "mean unit difference", "random", "difference of means"}
     text = (tmp_path / "report" / "report.md").read_text()
-    for heading in ("C1, C4", "C2", "C3, C5", "C8", "shuffled vector"):
+    for heading in ("C1, C4", "C2", "C3, C5", "C6", "C8", "shuffled vector"):
         assert heading in text
     for figure in ("means.png", "lora_differences.png", "scales.png"):
         assert (tmp_path / "report" / figure).stat().st_size > 10_000
@@ -80,6 +81,17 @@ def test_the_report_measures_writes_and_resumes(report, tmp_path):
     assert "functions-vector-layer0-seed0" in err and "damaged" in err  # but the damaged one was
     again = json.loads((tmp_path / "report" / "results.json").read_text())
     assert again["tasks"]["functions"]["methods"]["vector"]["summary"] == found["methods"]["vector"]["summary"]
+
+
+def test_a_sweep_over_layers_trains_only_the_curves_and_prints_them(report, tmp_path):
+    status, out, err = report("--sweep", "layers", "--task", "functions", "--seeds", 1, "--layers", "0,3")
+    assert status == 0, err
+    names = {run.name for run in (tmp_path / "report" / "runs").iterdir()}
+    assert names == {f"functions-{mode}-layer{layer}-seed0" for mode in ("vector", "lora") for layer in (0, 3)}
+    [row] = [line for line in out.splitlines() if line.startswith("| functions | vector | held out")]
+    at_0, at_3 = (float(cell.split()[0]) for cell in row.split("|")[4:6])
+    assert at_0 > at_3 + 0.3
+    assert (tmp_path / "report" / "layers.png").stat().st_size > 10_000
 
 
 def test_a_model_of_one_layer_without_a_chat_template_that_learns_nothing(report, tmp_path, tiny_folder):
