@@ -1,6 +1,6 @@
 """Ours against transformers (and peft) on the same work: seconds, examples and tokens a second, memory.
 
-    python tests/bench.py                            GPT-2 small's shape, a few minutes on two CPU cores
+    python tests/bench.py                            GPT-2 small's shape, 16 minutes on two CPU cores
     python tests/bench.py --shape qwen2.5-0.5b       the others: qwen2.5-7b, gemma-3-12b (with --device cuda)
     python tests/bench.py --scaling [FIGURE.png]     ours alone: how cost grows, and Gemma 3 12B on paper
 
@@ -216,7 +216,7 @@ def unavoidable_flops(args, config: Config, work: str, questions) -> float:
     """Floating-point operations of our way of doing it: two for each weight and token, as many again backwards.
 
     Frozen blocks once; of the last block only keys and values at all positions. Attention's scores, a few per cent at
-    these lengths, the norms and the LoRA itself are left out.
+    these lengths, the norms, the LoRA itself and what --template-tokens saves are left out.
     """
     d, D, n = config.hidden_size, config.head_dim, config.num_hidden_layers
     key_value = 2 * d * config.num_key_value_heads * D
