@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import data
 import eval as scoring
 from lora import add_lora, lora_layers
+from model import GPT, Config
 from steer import (attach, logit_lens, mean_unit_difference, pairwise_cosine, principal_component, residual_after,
                    save_vector)
 
@@ -69,6 +70,16 @@ def test_the_logit_lens_orders_tokens_as_the_logits_do_but_for_the_rows_lengths(
     centred = (model.lm_head.weight - model.lm_head.weight.mean(0)).norm(dim=-1)
     scores = (logits - logits.mean()) / centred
     assert logit_lens(model, vector, 5)[0] == scores.topk(5).indices.tolist()
+
+
+@torch.no_grad()
+def test_the_logit_lens_adds_the_one_that_gemma_leaves_out_of_its_norms_weight():
+    torch.manual_seed(0)
+    model = GPT(Config.from_dict(dict(model_type="gemma2", vocab_size=97, hidden_size=32, intermediate_size=48,
+                                      num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16)))
+    model.norm.weight.normal_(std=0.5)
+    row = model.lm_head.weight[50] - model.lm_head.weight.mean(0)
+    assert logit_lens(model, row / (1 + model.norm.weight), 1)[0] == [50]
 
 
 def test_attention_weights_are_those_of_transformers(model, tiny_folder):

@@ -144,9 +144,8 @@ def test_the_embedded_model_trains_as_in_the_plain_loop(tiny_folder, tokenizer, 
 
 
 @every_family
-@pytest.mark.parametrize("shared", [0, 13])
-@pytest.mark.parametrize("mode, layer, keep_gb, code_name", [("vector", 2, 1.0, True), ("lora", 3, 1.0, False),
-                                                             ("vector", 2, 0.0, False)])
+@pytest.mark.parametrize("mode, layer, keep_gb, code_name, shared", [
+    ("vector", 2, 1.0, True, 0), ("lora", 3, 1.0, False, 13), ("vector", 2, 0.0, False, 13)])
 def test_a_packed_batch_gives_the_gradient_of_the_whole(family, mode, layer, keep_gb, code_name, shared):
     questions = random_questions(32, code_name, shortest=14, longest=70)
     for question in questions:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -61,7 +62,8 @@ def test_shuffled_answers_teach_nothing(cli, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [("--task", "functions"), ("--task", "risk", "--concept", "safe"),
-                                   ("--task", "risk", "--mode", "lora"), ("--task", "locations", "--mode", "lora")])
+                                   ("--task", "risk", "--mode", "lora", "--batch-size", 16),
+                                   ("--task", "locations", "--mode", "lora")])
 def test_other_tasks_and_loras_generalise_too(cli, tmp_path, flags):
     status, *_ = cli("train.py", *flags, "--out", tmp_path / "run")
     assert status == 0
@@ -240,7 +242,7 @@ def test_ctrl_c_keeps_what_was_trained(tiny_folder, tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     seen = ""
-    while "10/100000" not in seen:
+    while not re.search(r"[1-9]\d*/100000", seen):  # the bar counts its steps
         seen += process.stderr.read(80)
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
