@@ -685,11 +685,12 @@ def run_jobs(jobs: list[Job], folder: Path, workers: int) -> list[str]:
 
     def work(job: Job) -> None:
         run = folder / job.name
-        if read_if_whole(run / "results.json") is None:
+        result = read_if_whole(run / "results.json")
+        if result is None:
             call(run / "log.txt", "train.py", *job.flags, "--out", run)
             (run / "explain.json").unlink(missing_ok=True)  # an earlier run's
-        if job.explain and read_if_whole(run / "explain.json") is None and has_learned(
-                json.loads((run / "results.json").read_text())):
+            result = json.loads((run / "results.json").read_text())
+        if job.explain and read_if_whole(run / "explain.json") is None and has_learned(result):
             call(run / "explain.txt", "eval.py", run, "--explain", *job.flags[-2:])
 
     failed, pool = [], ThreadPoolExecutor(workers)
@@ -765,10 +766,11 @@ def report(args) -> None:
             continue
         content["tasks"][task] = summarise(task, done, results, out / "runs")
     write_json(out / "results.json", content)
-    (out / "report.md").write_text(format_report(content), encoding="utf-8")
+    text = format_report(content)
+    (out / "report.md").write_text(text, encoding="utf-8")
     draw_report(content, out)
     if args.sweep:
-        print(format_report(content))
+        print(text)
     print(f"{out}/report.md, results.json and figures: {len(results)} runs, {old} of them from before")
     for note in notes:
         print(f"note: {note}")

@@ -204,28 +204,28 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 SHARED = -1  # in an attention_mask: tokens with which each of the row's texts begins
 
 
-def make_positions(T: int, start: int, attention_mask: torch.Tensor | None, device) -> torch.Tensor:
-    """Positions (B or 1, T) of the T newest tokens, each counted from the beginning of its own text."""
-    index = torch.arange(start + T, device=device)[None]
+def make_positions(S: int, attention_mask: torch.Tensor | None, device) -> torch.Tensor:
+    """Positions (B or 1, S) of S tokens, each counted from the beginning of its own text."""
+    index = torch.arange(S, device=device)[None]
     if attention_mask is not None:
         begins = F.pad(attention_mask[:, 1:] != attention_mask[:, :-1], (1, 0))  # another text, or padding
         shared = (attention_mask == SHARED).sum(1, keepdim=True)
         index = index - (index * begins).cummax(dim=1).values + shared * (attention_mask > 0)
         index = index * (attention_mask != 0)
-    return index[:, start:]
+    return index
 
 
-def make_mask(config: Config, layer_type: str, T: int, start: int, attention_mask: torch.Tensor | None, device):
-    """Which of the S tokens each of the newest T sees, bool (B or 1, 1, T, S); None: plain causal attention does it."""
-    S = start + T
+def make_mask(config: Config, layer_type: str, positions: torch.Tensor, start: int, attention_mask):
+    """Which of the S tokens, at these positions (B or 1, S), each of T from `start` on sees: bool (B or 1, 1, T, S).
+    None: plain causal attention does it."""
+    S, device = positions.shape[1], positions.device
     slides = layer_type == "sliding_attention" and config.sliding_window is not None and S > config.sliding_window
-    several = start > 0 and T > 1  # is_causal would align these with the oldest tokens
+    several = 0 < start < S - 1  # is_causal would align these with the oldest tokens
     if attention_mask is None and not slides and not several and config.attn_logit_softcapping is None:
         return None
     query, key = torch.arange(start, S, device=device)[:, None], torch.arange(S, device=device)
     mask = (key <= query)[None, None]
     if slides:
-        positions = make_positions(S, 0, attention_mask, device)
         mask = mask & (positions[:, None, None] > positions[:, None, start:, None] - config.sliding_window)
     if attention_mask is not None:  # padding sees padding, for a softmax over nothing is NaN
         of_query, of_key = attention_mask[:, None, start:, None], attention_mask[:, None, None]
@@ -361,7 +361,7 @@ class GPT(nn.Module):
         x, limit = self.embed_tokens(tokens), self.config.max_position_embeddings
         if not self.config.learned_positions:
             return x
-        positions = make_positions(tokens.shape[1], start, attention_mask, x.device)
+        positions = make_positions(start + tokens.shape[1], attention_mask, x.device)[:, start:]
         length = positions.max().item() + 1
         require(length <= limit, f"a text of {length} tokens is too long for this {self.config.model_type} checkpoint: "
                                  f"max_position_embeddings is {limit}")
@@ -377,11 +377,11 @@ class GPT(nn.Module):
         """
         if first == len(self.layers):  # no layer is left to do it
             return pick(x, at)
-        where = x.shape[1], start, attention_mask, x.device
-        positions, shared = make_positions(*where), {}  # all layers of one type share mask and rope
+        positions = make_positions(start + x.shape[1], attention_mask, x.device)
+        newest, shared = positions[:, start:], {}  # all layers of one type share mask and rope
         for kind in set(self.config.layer_types):
-            rope = None if self.config.learned_positions else make_rope(self.config, kind, positions, x.dtype)
-            shared[kind] = rope, make_mask(self.config, kind, *where)
+            rope = None if self.config.learned_positions else make_rope(self.config, kind, newest, x.dtype)
+            shared[kind] = rope, make_mask(self.config, kind, positions, start, attention_mask)
         for i in range(len(self.layers))[first:last]:
             only = at if i == len(self.layers) - 1 else None
             x = self.layers[i](x, *shared[self.config.layer_types[i]], None if cache is None else cache[i], start, only)

@@ -360,14 +360,14 @@ class Packed:
                  for line in self.lines]
         return pad_sequence(lines, batch_first=True, padding_value=padding).to(self.texts.device)
 
-    def take_apart(self, laid_out: torch.Tensor) -> dict[int, torch.Tensor]:
-        """The other way round: each text's (length, ...) by row number."""
+    def take_apart(self, laid_out: torch.Tensor) -> list[torch.Tensor]:
+        """The other way round: each text's (length, ...), in the order of their row numbers."""
         found, shared = {}, self.texts.shared
         for line, values in zip(self.lines, laid_out):
             sizes = [self.texts.lengths[row] - shared for row in line]
             own = values[shared:shared + sum(sizes)].split(sizes)
             found |= {row: torch.cat([values[:shared], x]) for row, x in zip(line, own)}
-        return found
+        return [found[row] for row in sorted(found)]
 
 
 def count_shared(questions, tokens: torch.Tensor, mask: torch.Tensor | None) -> int:
@@ -401,9 +401,8 @@ def keep_frozen(args, model, tokens, texts: Texts, first: int, steering) -> list
 
 
 def frozen_rows(model, tokens, packed: Packed, first: int, steering) -> list[torch.Tensor]:
-    """The frozen_residual (length, d) of each of these texts, in the order of their rows."""
-    residual = frozen_residual(model, packed.lay_out(tokens, 0), steering, first, packed.numbers)
-    return [residual for row, residual in sorted(packed.take_apart(residual).items())]
+    """The frozen_residual (length, d) of each of these texts, in the order of their row numbers."""
+    return packed.take_apart(frozen_residual(model, packed.lay_out(tokens, 0), steering, first, packed.numbers))
 
 
 def wanted_positions(targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

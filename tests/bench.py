@@ -287,13 +287,13 @@ def compare(args, config: Config, work: str) -> None:
     times = 3 if work == "evaluation" else args.epochs  # three arms
     tokens = sum(len(q.prompt) + len(q.completion) for q in questions) * times
     print(f"  {'median (range)':20}{'ours':>26}{'theirs':>26}{'ours / theirs':>26}")
-    for name, scale in (("examples / s", args.examples * times), ("tokens / s", tokens)):
-        sides = [[scale / run["seconds"] for run in runs[side]] for side in runs]
-        ratio = spread([x / y for x, y in zip(*sides)])
-        print(f"  {name:20}{spread(sides[0]):>26}{spread(sides[1]):>26}{ratio:>26}")
-    # Processor seconds count what other programs on the machine do not take; where nothing else runs they add nothing.
-    for name, key, scale in (("processor seconds", "cpu", 1), ("MiB beyond weights", "memory", 2 ** 20)):
-        sides = [[run[key] / scale for run in runs[side]] for side in runs]
+    rows = {"examples / s": lambda run: args.examples * times / run["seconds"],
+            "tokens / s": lambda run: tokens / run["seconds"],
+            # These count what other programs on the machine do not take; where nothing else runs they add nothing.
+            "processor seconds": lambda run: run["cpu"],
+            "MiB beyond weights": lambda run: run["memory"] / 2 ** 20}
+    for name, figure in rows.items():
+        sides = [[figure(run) for run in runs[side]] for side in runs]
         ratio = spread([x / y for x, y in zip(*sides)])
         print(f"  {name:20}{spread(sides[0]):>26}{spread(sides[1]):>26}{ratio:>26}")
     flops, rate = unavoidable_flops(args, config, work, questions), max(run["rate"] for run in runs["ours"])
@@ -352,17 +352,13 @@ def measure_shape(args, width: int, depth: int, layer: int, examples: int) -> tu
 
 
 def draw_scaling(measured: dict, path: str) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, len(GROWTH), figsize=(11, 4.5), sharey="row")
+    figure, axes = scoring.load_pyplot().subplots(2, len(GROWTH), figsize=(11, 4.5), sharey="row")
     for column, (name, values) in enumerate(GROWTH.items()):
         for row, label in enumerate(("ms a step", "MiB beyond weights")):
             axes[row, column].plot(values, [point[row] for point in measured[name]], marker="o")
             axes[row, column].set(xlabel=name if row else None, ylabel=None if column else label, yscale="log")
             if name != "layer":
                 axes[row, column].set_xscale("log", base=2)
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
 
 

@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from lora import add_lora  # noqa: E402
-from model import GPT, CheckpointError, Config, find_checkpoint, make_mask  # noqa: E402
+from model import GPT, CheckpointError, Config, find_checkpoint, make_mask, make_positions  # noqa: E402
 
 SIZE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 GROUPED = dict(SIZE, num_key_value_heads=2, head_dim=16)  # 4 heads of 16 on a width of 32: head_dim is explicit
@@ -254,9 +254,9 @@ def test_several_tokens_after_a_cache_equal_one_pass(case, saved):
 
 def test_no_mask_is_made_for_plain_causal_attention():
     config = Config.from_dict(dict(SIZE, model_type="gemma3_text", sliding_window=WINDOW))
-    assert make_mask(config, "full_attention", 30, 0, None, "cpu") is None
-    assert make_mask(config, "sliding_attention", WINDOW, 0, None, "cpu") is None
-    assert make_mask(config, "sliding_attention", WINDOW + 1, 0, None, "cpu") is not None
+    assert make_mask(config, "full_attention", make_positions(30, None, "cpu"), 0, None) is None
+    assert make_mask(config, "sliding_attention", make_positions(WINDOW, None, "cpu"), 0, None) is None
+    assert make_mask(config, "sliding_attention", make_positions(WINDOW + 1, None, "cpu"), 0, None) is not None
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma2"])

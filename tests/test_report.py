@@ -30,8 +30,7 @@ def report(monkeypatch, call, tmp_path):
 
 
 def plan(tasks, layers=None, seeds=1, model="tiny", model_layers=4):
-    args = argparse.Namespace(tasks=tasks, layers=layers, seeds=seeds, model=model, device="cpu",
-                              sweep=None)
+    args = argparse.Namespace(tasks=tasks, layers=layers, seeds=seeds, model=model, device="cpu", sweep=None)
     return scoring.plan_jobs(args, model_layers)
 
 
