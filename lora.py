@@ -1,4 +1,4 @@
-"""LoRA: low-rank updates of frozen linear layers (Hu et al. 2021, arXiv 2106.09685), saved in PEFT's format."""
+"""LoRA: low-rank updates of frozen linear layers (Hu et al. 2021, arXiv 2106.09685), in PEFT's format."""
 
 import json
 import math
@@ -11,13 +11,11 @@ from torch import nn
 # PEFT names a module as Hugging Face's code does, and so do we, but for these.
 PEFT_LAYERS = {"gpt2": "transformer.h", "gemma3": "model.language_model.layers"}  # all others: model.layers
 GPT2_MODULES = {"self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
-
+UNSUPPORTED = "use_rslora", "use_dora", "alpha_pattern", "rank_pattern"  # PEFT's options for another sum
 
 class LoRALinear(nn.Module):
-    """base(x) + (alpha / rank) · B A x, with A (rank, in) random and B (out, rank) zero: at the start nothing changes.
-
-    A and B are float32 whatever the base's dtype; x (..., in) -> (..., out) in the base's dtype.
-    """
+    """base(x) + (alpha / rank) · B A x, with A (rank, in) random and B (out, rank) zero: at first nothing
+    changes. A and B are float32 whatever the base's dtype; x (..., in) -> (..., out) in the base's dtype."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
@@ -27,102 +25,86 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT does
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         update = x.to(self.lora_A.dtype) @ self.lora_A.T @ self.lora_B.T
         return self.base(x) + (self.alpha / self.rank * update).to(x.dtype)
 
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def lora_layers(model) -> dict[str, LoRALinear]:
     """The LoRA layers of a model by name, e.g. "layers.0.mlp.down_proj"."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
-
-def add_lora(model: nn.Module, layers: list[int], modules: list[str], rank: int, alpha: float) -> list[nn.Parameter]:
-    """Wrap the linear modules of these names (e.g. "down_proj") in these blocks; returns A and B of each, to train.
-
-    Raises ValueError if a layer is out of range, the rank is below 1, a LoRA is there already, no module has a name, or
-    the LoRA could not be saved: PEFT's format has no place for one on a part of GPT-2's fused c_attn.
-    """
+def add_lora(model, layers: list[int], modules: list[str], rank: int, alpha: float) -> list[nn.Parameter]:
+    """Wrap the linear modules of these names (e.g. "down_proj") in these blocks; returns each A and B, to
+    train. ValueError if there is no such layer or module, a LoRA is there already, or PEFT's format has no
+    place for it."""
     last = len(model.layers) - 1
     if rank < 1:
-        raise ValueError(f"rank {rank} is too small: a LoRA has rank 1 or more")
+        raise ValueError(f"rank {rank} should be 1 or more")
     if lora_layers(model):
         raise ValueError("the model has a LoRA already: remove_lora(model) first")
+    parameters = []
     for layer in layers:
         if not 0 <= layer <= last:
             raise ValueError(f"layer {layer} is out of range: a LoRA sits on one of the layers 0 to {last}")
-    parameters = []
-    for layer in layers:
-        found = [name for name, module in model.layers[layer].named_modules()
-                 if isinstance(module, nn.Linear) and name.split(".")[-1] in modules]
+        found = {name: module for name, module in model.layers[layer].named_modules()
+                 if isinstance(module, nn.Linear) and name.split(".")[-1] in modules}
         if not found:
             raise ValueError(f"layer {layer} has no module named {' or '.join(modules)}")
-        for name in found:
+        for name, module in found.items():
             if model.config.model_type == "gpt2" and name not in GPT2_MODULES:
-                raise ValueError(f"module {name} is a part of GPT-2's c_attn, and PEFT's format has no LoRA on a part: "
-                                 "choose from o_proj, up_proj and down_proj")
-            parent, _, child = name.rpartition(".")
-            parent = model.layers[layer].get_submodule(parent)
-            wrapped = LoRALinear(getattr(parent, child), rank, alpha)
-            setattr(parent, child, wrapped)
+                raise ValueError(f"{name} is a part of GPT-2's c_attn: choose o_proj, up_proj or down_proj")
+            wrapped = LoRALinear(module, rank, alpha)
+            model.layers[layer].set_submodule(name, wrapped)
             parameters += [wrapped.lora_A, wrapped.lora_B]
     return parameters
 
-
-def remove_lora(model: nn.Module) -> None:
+def remove_lora(model) -> None:
     """Put the original linear layers back: the model is then exactly what it was."""
     for name, module in lora_layers(model).items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module.base)
-
+        model.set_submodule(name, module.base)
 
 @torch.no_grad()
-def merge_lora(model: nn.Module) -> None:
-    """Add (alpha / rank) · B A to each wrapped weight and unwrap it: same outputs, no extra work, no way back."""
+def merge_lora(model) -> None:
+    """Add (alpha / rank) · B A to each wrapped weight and unwrap it: same outputs, no way back."""
     for module in lora_layers(model).values():
         weight = module.base.weight
         weight += (module.alpha / module.rank * module.lora_B @ module.lora_A).to(weight.dtype)
     remove_lora(model)
 
-
-def peft_name(model: nn.Module, name: str) -> str:
-    """PEFT's name of a module: layers.0.mlp.up_proj is base_model.model.transformer.h.0.mlp.c_fc for GPT-2."""
+def peft_name(model, name: str) -> str:
+    """PEFT's name: layers.0.mlp.up_proj is base_model.model.transformer.h.0.mlp.c_fc for GPT-2."""
     kind = model.config.model_type
     _, layer, module = name.split(".", 2)
-    if kind == "gpt2":
-        module = GPT2_MODULES.get(module, module)
+    module = GPT2_MODULES.get(module, module) if kind == "gpt2" else module
     return f"base_model.model.{PEFT_LAYERS.get(kind, 'model.layers')}.{layer}.{module}"
 
-
-def peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+def peft_tensors(model) -> dict[str, nn.Parameter]:
     """A and B of every LoRA layer, by PEFT's names."""
     return {f"{peft_name(model, name)}.{part}.weight": getattr(module, part)
             for name, module in lora_layers(model).items() for part in ("lora_A", "lora_B")}
 
-
-def save_lora(model: nn.Module, folder: str | Path) -> None:
+def save_lora(model, folder: str | Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors as PEFT does, so that PEFT loads them."""
     wrapped = lora_layers(model)
     some = next(iter(wrapped.values()))
     # The last two parts of a name: GPT-2 has a c_proj in its attention and another one in its MLP.
     targets = {".".join(peft_name(model, name).split(".")[-2:]) for name in wrapped}
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": some.rank, "lora_alpha": some.alpha,
-              "target_modules": sorted(targets),
+              "target_modules": sorted(targets), "lora_dropout": 0.0, "bias": "none",
+              "base_model_name_or_path": None,
               "layers_to_transform": sorted({int(name.split(".")[1]) for name in wrapped}),
-              "lora_dropout": 0.0, "bias": "none", "base_model_name_or_path": None,
               "fan_in_fan_out": model.config.model_type == "gpt2"}  # whose Conv1D stores (in, out)
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in peft_tensors(model).items()}
     save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
-    (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-
-def load_lora(model: nn.Module, folder: str | Path) -> list[nn.Parameter]:
-    """Add the LoRA that `save_lora` or PEFT wrote to `folder`. Raises ValueError if it does not fit the model, or has
-    one of PEFT's options that would make it another sum than ours."""
-    config = json.loads((Path(folder) / "adapter_config.json").read_text())
-    for option in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern"):
+def load_lora(model, folder: str | Path) -> list[nn.Parameter]:
+    """Add the LoRA that `save_lora` or PEFT wrote to `folder`. ValueError if it does not fit the model, or
+    has one of PEFT's options that would make it another sum than ours."""
+    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    for option in UNSUPPORTED:
         if config.get(option):
-            raise ValueError(f"{folder}/adapter_config.json: {option} is set, which is not supported")
+            raise ValueError(f"adapter_config.json: {option} is set, which is not supported")
     tensors = load_file(Path(folder) / "adapter_model.safetensors")
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)
              and name.startswith("layers.") and f"{peft_name(model, name)}.lora_A.weight" in tensors]
@@ -130,9 +112,10 @@ def load_lora(model: nn.Module, folder: str | Path) -> list[nn.Parameter]:
     parameters = add_lora(model, sorted(layers), sorted(modules), config["r"], config["lora_alpha"])
     ours = peft_tensors(model)
     wanted, found = ({(name, tensor.shape) for name, tensor in some.items()} for some in (ours, tensors))
-    if wanted != found:
+    if wanted != found or not found:
         remove_lora(model)
-        raise ValueError(f"{folder}/adapter_model.safetensors does not fit this model at {min(wanted ^ found)[0]}")
+        some = min((name for name, _ in wanted ^ found), default="every tensor: it has none")
+        raise ValueError(f"adapter_model.safetensors does not fit this model at {some}")
     for name, parameter in ours.items():
         parameter.data.copy_(tensors[name])
     return parameters
