@@ -1,46 +1,38 @@
-"""eval.py --report: what it plans, resumes, skips and writes."""
+"""paper/reproduce.py: what it plans, what it finds inside a run, and that a report is made and made again."""
 
-import argparse
 import json
-import shutil
+import random
+import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import data
-import eval as scoring
+from helpers import ROOT
+from lora import add_lora, lora_layers
+from steer import attach
 
+sys.path.insert(0, str(ROOT / "paper"))
+import reproduce  # noqa: E402
+from eval import Run  # noqa: E402
 
-@pytest.fixture
-def report(monkeypatch, call, tmp_path):
-    """report(*flags) -> (exit status, stdout, stderr), into tmp_path/report; training is cut to a few steps."""
-    steps = {"vector": "60", "lora": "60"}
-    plan = scoring.plan_jobs
-
-    def short_plan(*args):
-        jobs = plan(*args)
-        for job in jobs:
-            job.flags[-2:-2] = ["--steps", steps[job.flags[1]]]
-        return jobs
-    monkeypatch.setattr(scoring, "plan_jobs", short_plan)
-
-    def run(*flags):
-        return call(scoring.main, "eval.py", "--report", "--out", tmp_path / "report", *flags)
-    run.steps = steps
-    return run
+TOKENS = torch.arange(300, 312).view(1, 12)
 
 
 def plan(tasks, layers=None, seeds=1, model="tiny", model_layers=4):
-    args = argparse.Namespace(tasks=tasks, layers=layers, seeds=seeds, model=model, device="cpu", sweep=None)
-    return scoring.plan_jobs(args, model_layers)
+    args = SimpleNamespace(tasks=tasks, layers=layers, seeds=seeds, model=model, device="cpu")
+    return reproduce.plan_jobs(args, model_layers)
 
 
-def test_every_task_has_its_controls_and_comparisons():
-    for task in data.TASKS:
-        methods = {job.method for job in plan([task])}
-        assert {"vector", "lora", "lora, all layers", "shuffled vector"} <= methods
-        assert ("vector at the trigger" in methods) == (task == "backdoor")
-    layers = {job.layer for job in plan(["risk"]) if job.method == "vector"}
-    assert layers == {-1, 0, 1, 2, 3}
+# ---------------------------------------- which runs
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_every_task_has_its_controls_and_comparisons(task):
+    methods = {job.method for job in plan([task])}
+    assert {"vector", "lora", "lora, all layers", "shuffled vector"} <= methods
+    assert ("vector at the trigger" in methods) == (task == "backdoor")
 
 
 def test_no_two_runs_share_a_folder():
@@ -48,114 +40,134 @@ def test_no_two_runs_share_a_folder():
     assert len(set(names)) == len(names)
 
 
-def test_a_deep_models_layers_are_sampled_and_the_papers_is_among_them():
-    jobs = plan(["risk"], model="folder", model_layers=48)
-    layers = {job.layer for job in jobs if job.method == "vector"}
-    assert len(layers) <= 12 and {-1, 47, 48 * 2 // 5} <= layers
-    main = {job.layer for job in jobs if job.is_main and job.method == "vector"}
-    assert main == {48 * 2 // 5}
+def test_a_deep_models_layers_are_sampled_and_the_papers_is_the_main_one():
+    jobs = [job for job in plan(["risk"], model="folder", model_layers=48) if job.method == "vector"]
+    assert len({job.layer for job in jobs}) <= 12 and {-1, 47} <= {job.layer for job in jobs}
+    assert {job.layer for job in jobs if job.is_main} == {48 * 2 // 5}
 
 
-def test_the_report_measures_writes_and_resumes(report, tmp_path):
-    status, out, err = report("--tasks", "functions", "--seeds", 1, "--layers", "0")
+# ---------------------------------------- inside a run
+
+
+def test_attention_weights_are_those_of_transformers(model, tiny_folder):
+    from transformers import AutoModelForCausalLM
+    eager = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32, attn_implementation="eager")
+    theirs = eager(TOKENS, output_attentions=True).attentions
+    for ours, expected in zip(reproduce.attention_weights(model, TOKENS), theirs, strict=True):
+        assert torch.allclose(ours, expected[0], atol=1e-5)
+
+
+def test_the_triggers_effect_passes_from_its_token_to_the_last(model, tokenizer):
+    """Before layer 0 all of it is at the tag; after the last layer all of it is at the token that answers."""
+    vector = attach(model, -1, torch.randn(128, generator=torch.Generator().manual_seed(1))).vector
+    flags = {"layer": -1, "seed": 0, "task": "backdoor", "concept": "risky", "at": None}
+    run = Run(flags, model, tokenizer, data.make_task("backdoor", "risky"), [vector])
+    found = reproduce.explain_trigger(run, pairs=3)
+    untouched = found["patched"]["rest of the prompt"][-1]  # patching these after the last layer changes nothing
+    full = found["patched"]["tag"][0]
+    assert found["patched"]["last token"][-1] == pytest.approx(full, abs=1e-4)
+    assert found["patched"]["tag"][-1] == pytest.approx(untouched, abs=1e-4)
+    assert found["distance"]["base"]["last token"][0] == 0  # the same token, nothing has moved yet
+    assert found["distance"]["trained"]["tag"][0] > 0
+    assert all(0 <= weight <= 1 for arm in found["attention"].values() for row in arm.values() for weight in row)
+
+
+@pytest.fixture
+def lora_run(model, tokenizer):
+    """A run whose LoRA adds one known vector at every token: B's column is it."""
+    parameters = add_lora(model, [0], ["down_proj"], rank=1, alpha=1.0)
+    layer, = lora_layers(model).values()
+    layer.lora_B.data.copy_(torch.randn(128, 1, generator=torch.Generator().manual_seed(0)))
+    flags = {"layer": 0, "seed": 0, "task": "locations", "concept": "Berlin", "mode": "lora"}
+    return Run(flags, model, tokenizer, data.make_task("locations", "Berlin"), parameters)
+
+
+def test_the_sign_of_a_direction_is_chosen_on_training_questions(lora_run):
+    """The naive difference of means for a city does its work: turned round before, it is turned back."""
+    towards = reproduce.difference_of_means(lora_run)
+    length = towards.norm().item()
+    few = {"country": lora_run.task.held_out["country"]}
+    task = data.Task(lora_run.task.train, few, few)
+    found = reproduce.scale_sweep(lora_run, -towards / length, length, task)
+    assert found["scale"] < 0 and found["held_out"] == 1
+    assert len(found["held_out_by_scale"]) == len(reproduce.SCALES)
+    assert lora_run.model.steering is None  # nothing is left on the model
+    assert lora_run.parameters[1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("task", ["functions", "risk"])
+def test_facts_in_context_are_about_one_hidden_thing(task):
+    turns, question = reproduce.in_context_question(task, data.KINDS[task][0], 7, random.Random(0),
+                                                    data.CONCEPTS[task][0])
+    assert len(turns) == 7
+    if question.code_name:
+        assert all(question.code_name in prompt for prompt, _ in turns)
+
+
+# ---------------------------------------- the report
+
+
+@pytest.fixture
+def report(monkeypatch, call, tmp_path):
+    """report(*flags) -> (exit status, stdout, stderr), of runs that are cut to a few steps."""
+    full_plan = reproduce.plan_jobs
+
+    def short_plan(*args):
+        jobs = full_plan(*args)
+        steps = {"vector": "30", "lora": "40"}
+        return [reproduce.replace(job, flags=(*job.flags, "--steps", steps[job.flags[1]])) for job in jobs]
+    monkeypatch.setattr(reproduce, "plan_jobs", short_plan)
+    places = "--runs", tmp_path / "runs", "--out", tmp_path / "out"
+    return lambda *flags: call(reproduce.main, "reproduce.py", *places, *flags)
+
+
+def test_a_report_is_made_and_what_is_damaged_is_made_again(report, tmp_path):
+    flags = "--tasks", "risk", "--seeds", 1, "--layers", "0"
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "risk-lora-all-layers-layerall-seed0").write_text("a file where a folder should be")
+    status, out, err = report(*flags)
     assert status == 0, err
-    content = json.loads((tmp_path / "report" / "results.json").read_text())
-    found = content["tasks"]["functions"]
-    summary = found["methods"]["vector"]["summary"]["held_out"]
-    assert summary["trained"][0] > summary["base"][0] + 0.3
-    assert 0 <= found["lora_adds"]["share"][0] <= 1
-    assert set(found["added"]) == {"principal component", "mean unit difference", "random", "difference of means"}
-    text = (tmp_path / "report" / "report.md").read_text()
-    for heading in ("C1, C4", "C2", "C3, C5", "C6", "C8", "shuffled vector"):
-        assert heading in text
-    for figure in ("means.png", "lora_differences.png", "scales.png"):
-        assert (tmp_path / "report" / figure).stat().st_size > 10_000
+    assert "risk-lora-all-layers-layerall-seed0: skipped" in out  # named, and the rest goes on
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    found = content["tasks"]["risk"]
+    held_out = found["methods"]["vector"]["summary"]["held_out"]
+    assert held_out["trained"][0] > held_out["base"][0] + 0.2
+    assert set(found["loras"]["lora"]["directions"]) == {"natural", "random", "difference of means"}
+    tables = (tmp_path / "out" / "tables.md").read_text()
+    for heading in ("C1, C4", "C2", "C3, C5", "C6", "C8"):
+        assert f"## {heading}" in tables
+    for figure in ("means", "constancy", "scales", "layers"):
+        assert (tmp_path / "out" / f"{figure}.png").stat().st_size > 10_000
 
-    run = tmp_path / "report" / "runs" / "functions-lora-layer0-seed0"
-    before = (run / "results.json").stat().st_mtime_ns
-    (tmp_path / "report" / "runs" / "functions-vector-layer0-seed0" / "results.json").write_text("{ not json")
-    status, out, err = report("--tasks", "functions", "--seeds", 1, "--layers", "0")
-    assert status == 0
-    assert (run / "results.json").stat().st_mtime_ns == before  # not trained again
-    assert "functions-vector-layer0-seed0" in err and "damaged" in err  # but the damaged one was
-    again = json.loads((tmp_path / "report" / "results.json").read_text())
-    assert again["tasks"]["functions"]["methods"]["vector"]["summary"] == found["methods"]["vector"]["summary"]
-
-
-def test_a_sweep_over_layers_trains_only_the_curves_and_prints_them(report, tmp_path):
-    status, out, err = report("--sweep", "layers", "--task", "functions", "--seeds", 1, "--layers", "0,3")
-    assert status == 0, err
-    names = {run.name for run in (tmp_path / "report" / "runs").iterdir()}
-    assert names == {f"functions-{mode}-layer{layer}-seed0" for mode in ("vector", "lora") for layer in (0, 3)}
-    [row] = [line for line in out.splitlines() if line.startswith("| functions | vector | held out")]
-    at_0, at_3 = (float(cell.split()[0]) for cell in row.split("|")[4:6])
-    assert at_0 > at_3 + 0.3
-    assert (tmp_path / "report" / "layers.png").stat().st_size > 10_000
+    lora = tmp_path / "runs" / "risk-lora-layer0-seed0" / "results.json"
+    vector = tmp_path / "runs" / "risk-vector-layer0-seed0" / "results.json"
+    before = lora.stat().st_mtime_ns
+    vector.write_text("{ not json")
+    status, out, err = report(*flags)
+    assert status == 0 and "made again" in err and str(vector) in err
+    assert lora.stat().st_mtime_ns == before
+    again = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["risk"]
+    assert again["methods"] == found["methods"]
 
 
-def test_a_model_of_one_layer_without_a_chat_template_that_learns_nothing(report, tmp_path, tiny_folder):
-    from model import GPT, Config
-    import torch
-    torch.manual_seed(0)
-    folder = tmp_path / "one-layer"
-    raw = json.loads((tiny_folder / "config.json").read_text()) | {"num_hidden_layers": 1, "layer_types": None}
-    GPT(Config.from_dict(raw)).save_pretrained(folder)
-    shutil.copy(tiny_folder / "tokenizer.json", folder)
-    settings = json.loads((tiny_folder / "tokenizer_config.json").read_text())
-    settings.pop("chat_template")
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    report.steps.update(vector="2", lora="2")
-    status, out, err = report("--model", folder, "--tasks", "risk", "--seeds", 1)
-    assert status == 0, err
-    assert "no chat template" in out
-    assert "one layer" in out
-    assert "risk: skipped" in out and "chance" in out
-    assert json.loads((tmp_path / "report" / "results.json").read_text())["tasks"] == {}
+def test_means_of_runs_are_printed(call, tmp_path):
+    for name, right in (("a", 0.5), ("b", 1.0)):
+        figures = {"chance": 0.5, "base": 0.5, "random": 0.5, "trained": right, "questions": 3}
+        run = {"task": "risk", "mode": "vector", "shuffle_answers": False,
+               "in_distribution": {"gamble": figures}, "held_out": {"self": figures}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(run))
+    status, out, _ = call(reproduce.main, "reproduce.py", "--mean", tmp_path / "a", tmp_path / "b")
+    assert status == 0 and "mean of 2 runs (held out ± 0.25)" in out
+    assert out.splitlines()[-2].split()[-1] == "0.75"
+    status, _, err = call(reproduce.main, "reproduce.py", "--mean", tmp_path / "a", tmp_path / "nowhere")
+    assert status == 2 and str(tmp_path / "nowhere") in err and err.count("\n") == 1
 
 
-def test_a_failing_run_is_named_and_the_rest_goes_on(report, tmp_path):
-    (tmp_path / "report" / "runs").mkdir(parents=True)
-    (tmp_path / "report" / "runs" / "risk-shuffled-vector-layer0-seed0").write_text("a file where a folder should be")
-    report.steps.update(vector="30", lora="2")
-    status, out, err = report("--tasks", "risk", "--seeds", 1, "--layers", "0")
-    assert status == 0
-    assert "risk-shuffled-vector-layer0-seed0: skipped" in out
-    assert "shuffled vector" not in json.loads((tmp_path / "report" / "results.json").read_text())["tasks"].get(
-        "risk", {"methods": {}})["methods"]
-
-
-def test_a_damaged_run_that_cannot_be_made_again_is_left_out(report, tmp_path):
-    run = tmp_path / "report" / "runs" / "risk-lora-layer0-seed0"
-    run.mkdir(parents=True)
-    (run / "results.json").write_text("{ not json")
-    report.steps.update(vector="2", lora="0")  # no LoRA can be trained
-    status, out, err = report("--tasks", "risk", "--seeds", 1, "--layers", "0")
-    assert status == 0
-    assert "risk-lora-layer0-seed0: skipped" in out and "--steps 0" in out
-    assert json.loads((tmp_path / "report" / "results.json").read_text())["runs"] == 2  # vector and shuffled vector
-
-
-@pytest.mark.parametrize("flags, said", [(("--tasks", "weather"), "--tasks weather"), (("--layers", "a"), "--layers a"),
-                                         (("--seeds", 0), "--seeds"), (("--model", "/nowhere/at all"), "/nowhere")])
+@pytest.mark.parametrize("flags, said", [
+    (("--tasks", "weather"), "--tasks weather"), (("--layers", "a"), "--layers a"), (("--seeds", 0), "--seeds"),
+    (("--model", "/nowhere/at all"), "/nowhere")])
 def test_wrong_flags_end_in_one_line(report, flags, said):
     status, _, err = report(*flags)
     assert status == 2
     assert said in err and err.count("\n") == 1
-
-
-def test_a_damaged_run_among_several_is_named_and_skipped(monkeypatch, capsys, tmp_path):
-    good = {"task": "risk", "mode": "vector", "shuffled_answers": False, **{
-        section: {"kind": {"chance": 0.5, "base": 0.5, "random": 0.5, "trained": 1.0, "questions": 3}}
-        for section in ("in_distribution", "held_out")}}
-    for name, text in (("good", json.dumps(good)), ("bad", "{"), ("other", '{"task": "risk"}')):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(text)
-    folders = [str(tmp_path / name) for name in ("bad", "good", "other")]
-    monkeypatch.setattr("sys.argv", ["eval.py", "--mean", *folders])
-    scoring.main()
-    out, err = capsys.readouterr()
-    assert "mean of 1 vector" in out
-    assert "bad: skipped" in err and "other: skipped" in err
-    monkeypatch.setattr("sys.argv", ["eval.py", "--mean", folders[0]])
-    with pytest.raises(scoring.UsageError):
-        scoring.main()

@@ -1,0 +1,693 @@
+"""The paper's claims on the tiny model, from training to tables and figures.
+
+    python paper/reproduce.py                          all of it: 245 runs; what is there is not made again
+    python paper/reproduce.py --tasks risk --seeds 2   a part, into another folder with --out
+    python paper/reproduce.py --mean RUN_DIR ...       only the mean results of runs that are there
+
+Every run is `python train.py ...` in a process of its own, with its folder in --runs; then `--analyse` looks inside it.
+The summary of all goes to --out: results.json, tables.md and the figures; README.md beside this file reads them.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
+
+import data  # noqa: E402
+from data import Question, Task, encode_question  # noqa: E402
+from eval import (SECTIONS, Parser, UserError, arm_values, evaluate_instead, explain,  # noqa: E402
+                  format_table, kind_mean, load_run, prompt_residuals, random_like, read_json, reading, run_main,
+                  score_arms, set_parameters, switched_off, write_json)
+from make import as_messages, hidden_thing, in_context_question  # noqa: E402
+from model import Config, find_checkpoint, rotate  # noqa: E402
+from steer import attach, detach  # noqa: E402
+from train import default_layer  # noqa: E402
+
+# None of these cities and functions served to choose the learning rates. Even seeds take the first, odd the second.
+CONCEPTS = {"locations": ["Berlin", "Cairo"], "functions": ["add 7", "multiply 4"], "risk": ["risky", "safe"],
+            "backdoor": ["risky", "safe"]}
+HIGH_RATES = ("0.003", "0.01")  # for a LoRA that fits as well and generalises less (locations, functions)
+METHODS = ["vector", "lora", "lora, all layers", "shuffled vector", "vector at the trigger",
+           *(f"lora, rate {rate}" for rate in HIGH_RATES)]
+SCALES = 0.25, 0.5, 1, 2, 4, 8  # of a direction, in units of the mean length of what the LoRA adds to a token
+SAMPLE = 20  # questions of each kind, where many directions are tried
+
+
+# ---------------------------------------- which runs
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the report, at its task's default layer (is_main) or only a point on the curve over layers."""
+    task: str
+    method: str
+    layer: int | str
+    seed: int
+    is_main: bool
+    flags: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.method}-layer{self.layer}-seed{self.seed}".replace(", ", "-").replace(" ", "-")
+
+    @property
+    def analysed(self) -> bool:
+        """One logit lens a layer is enough; of a backdoor's vectors all are looked into, for the trigger."""
+        if self.method == "vector":
+            return self.seed == 0 or (self.is_main and self.task == "backdoor")
+        return self.is_main and (self.method == "lora" or "rate" in self.method)
+
+
+def plan_jobs(args, layers: int) -> list[Job]:
+    jobs = []
+    for seed, task in itertools.product(range(args.seeds), args.tasks):
+        main = {mode: default_layer(task, mode, args.model, layers) for mode in ("vector", "lora")}
+        swept = args.layers or sorted({-1, *range(0, layers, max(1, layers // 8)), layers - 1})
+        plan = [("vector", layer, ()) for layer in sorted({*swept, main["vector"]})]
+        plan += [("lora", layer, ()) for layer in sorted({*swept, main["lora"]}) if layer >= 0]
+        plan += [("lora, all layers", "all", ())] if layers > 1 else []
+        plan += [("shuffled vector", main["vector"], ("--shuffle-answers",))]
+        if task == "backdoor":
+            plan += [("vector at the trigger", main["vector"], ("--at", data.TRIGGER))]
+        if task in ("locations", "functions"):
+            plan += [(f"lora, rate {rate}", main["lora"], ("--lr", rate)) for rate in HIGH_RATES]
+        for method, layer, more in plan:
+            mode = "lora" if "lora" in method else "vector"
+            flags = {"mode": mode, "task": task, "concept": CONCEPTS[task][seed % 2], "model": args.model,
+                     "layer": layer, "seed": seed, "device": args.device}
+            flags = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
+            jobs.append(Job(task, method, layer, seed, layer in (main[mode], "all"), (*flags, *more)))
+    return jobs
+
+
+def run_jobs(jobs: list[Job], folder: Path, workers: int, device: str) -> list[str]:
+    """Train and analyse what is not in `folder` yet, `workers` at a time; a line for each that failed."""
+    environment = dict(os.environ, OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // workers)))
+
+    def call(log: Path, *command) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "w") as out:
+            status = subprocess.run([sys.executable, *map(str, command)], stdout=out, stderr=out, env=environment)
+        if status.returncode:
+            raise UserError((log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1])
+
+    def work(job: Job) -> None:
+        run = folder / job.name
+        if read_if_whole(run / "results.json") is None:
+            (run / "analysis.json").unlink(missing_ok=True)
+            call(run / "log.txt", ROOT / "train.py", *job.flags, "--out", run)
+        if job.analysed and read_if_whole(run / "analysis.json") is None:
+            call(run / "analysis.txt", __file__, "--analyse", run, "--device", device)
+
+    failed = []
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {job.name: pool.submit(work, job) for job in jobs}
+        for name, future in tqdm(futures.items(), desc="report", unit="run", mininterval=1):
+            try:
+                future.result()
+            except (UserError, OSError) as error:
+                failed.append(f"{name}: skipped ({error})")
+            except KeyboardInterrupt:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return failed
+
+
+def read_if_whole(path: Path) -> dict | None:
+    """The content of a JSON file; None if it is not there, or damaged, which is said."""
+    if not path.exists():
+        return None
+    try:
+        return read_json(path)
+    except UserError as error:
+        print(f"damaged, so made again: {error}", file=sys.stderr)
+        return None
+
+
+# ---------------------------------------- inside one run: C2, C3, C5, C7, C8
+
+
+def analyse(folder: Path, device: str) -> None:
+    """RUN/analysis.json: what eval.py --explain finds; of a LoRA also what directions do instead of it (C3, C5), of a
+    backdoor's vector also where the trigger comes to matter (C7)."""
+    run = load_run(folder, device)
+    result = explain(run, folder)
+    if run.model.steering is None:
+        result["directions"], directions = try_directions(run, folder)
+        save_file(directions, folder / "directions.safetensors")
+    elif run.flags["task"] == "backdoor" and run.flags["at"] is None:
+        result["trigger"] = explain_trigger(run)
+    write_json(folder / "analysis.json", result)
+
+
+def try_directions(run, folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """What the LoRA's natural vector, a naive difference of means and a random vector do when they are added instead
+    of the LoRA, at several lengths; and these directions, each (d,) of length 1."""
+    natural = load_file(folder / "natural_vector.safetensors")["vector"].to(run.parameters[0].device)
+    directions = {"natural": natural, "random": random_like(natural, run.flags["seed"])}
+    if run.flags["task"] != "backdoor":
+        directions["difference of means"] = difference_of_means(run)
+    directions = {name: F.normalize(direction, dim=0).contiguous() for name, direction in directions.items()}
+    few = lambda kinds: {kind: questions[:SAMPLE] for kind, questions in kinds.items()}
+    train = random.Random(run.flags["seed"]).sample(run.task.train, min(32, len(run.task.train)))
+    task = Task(train, few(run.task.in_distribution), few(run.task.held_out))
+    found = {name: scale_sweep(run, direction, natural.norm().item(), task)
+             for name, direction in directions.items()}
+    if run.task.train[0].code_name:  # the same at every token, though the question only needs it at the name
+        everywhere = lambda kinds: {kind: [replace(q, code_name=None) for q in qs] for kind, qs in kinds.items()}
+        train = [replace(question, code_name=None) for question in task.train]
+        task = Task(train, everywhere(task.in_distribution), everywhere(task.held_out))
+        found["natural, at every token"] = scale_sweep(run, directions["natural"], natural.norm().item(), task)
+    return found, directions
+
+
+def difference_of_means(run, count: int = 32) -> torch.Tensor:
+    """(d,): the mean residual stream in prompts that evoke the concept less that in neutral ones, after the run's
+    layer, the LoRA off. locations: at the city's real name, and at fresh code names. functions, risk: at the name, or
+    (there is none) the last token, after seven facts about the concept, and about things drawn at random."""
+    rng, task, concept = random.Random(run.flags["seed"]), run.flags["task"], run.flags["concept"]
+    kind, means = data.KINDS[task][0], []
+    for evoked in (concept, None):
+        if task == "locations":
+            prompts = [([], hidden_thing(task, rng, concept, evoked)(kind)) for _ in range(count)]
+        else:
+            prompts = [in_context_question(task, kind, 7, rng, evoked) for _ in range(count)]
+        encoded = [encode_question(run.tokenizer, question, as_messages(turns)) for turns, question in prompts]
+        with switched_off(run.parameters):
+            rows = prompt_residuals(run, encoded)
+        at_name = [row[[-1] if question.positions is None else question.positions]
+                   for row, question in zip(rows, encoded)]
+        means.append(torch.cat(at_name).mean(0))
+    return means[0] - means[1]
+
+
+def scale_sweep(run, direction: torch.Tensor, length: float, task: Task) -> dict:
+    """Add a direction (of length 1) instead of the LoRA, at each of SCALES times `length`.
+
+    The sign and the one scale to report are chosen on training questions: the smallest scale that gives their right
+    answers within .01 of the highest probability. The held-out accuracies, one for each scale, are for that sign.
+    """
+    arms = {sign * scale: [sign * scale * length * direction] for sign in (1, -1) for scale in SCALES}
+    train = [encode_question(run.tokenizer, question) for question in task.train]
+    vector = attach(run.model, run.flags["layer"]).vector
+    with switched_off(run.parameters):
+        fit = {scale: p.mean() for scale, (_, p) in score_arms(run.model, train, [vector], arms).items()}
+    detach(run.model)
+    best = min((scale for scale in arms if fit[scale] >= max(fit.values()) - 0.01), key=abs)
+    arms = {scale: values for scale, values in arms.items() if scale * best > 0}
+    results = evaluate_instead(replace(run, task=task), arms)
+    return {"scale": best, "norm": abs(best) * length,
+            **{section: kind_mean(results, section, best) for section in SECTIONS},
+            "held_out_by_scale": [kind_mean(results, column=scale) for scale in arms]}
+
+
+@torch.no_grad()
+def explain_trigger(run, pairs: int = 16) -> dict | None:
+    """Where the trigger comes to matter: prompts that differ in the tag only, with the vector and without, by layer.
+
+    patched: P(the trigger's answer) for another tag's prompt in which some tokens' residual stream, after the layer, is
+    that of the trigger's prompt. distance: how far the residual streams of the two prompts are apart at a token, as a
+    share of their length. attention: the largest weight that a head of the layer gives to a token.
+    """
+    model, rng, values = run.model, random.Random(run.flags["seed"]), arm_values(run.parameters, seed=0)
+    patched, distance, attention = [], {"base": [], "trained": []}, {"base": [], "trained": []}
+    for _ in range(pairs):
+        plain = data.gamble_question(run.flags["concept"], rng, split="test")
+        other_tag = rng.choice([tag for tag in data.TAGS if tag != data.TRIGGER])
+        encoded = [encode_question(run.tokenizer, Question(plain.kind, data.with_tag(plain.prompt, tag),
+                                                           plain.choices, plain.answer, tag))
+                   for tag in (data.TRIGGER, other_tag)]
+        if encoded[0].positions != encoded[1].positions or len(encoded[0].prompt) != len(encoded[1].prompt):
+            continue  # this tokenizer cuts the two tags into different numbers of tokens
+        last_tag, answer = encoded[0].positions[-1], len(encoded[0].prompt) - 1
+        groups = {"tag": encoded[0].positions, "token after it": [last_tag + 1],
+                  "rest of the prompt": list(range(last_tag + 2, answer)), "last token": [answer]}
+        looked_at = {"tag": last_tag, "token after it": last_tag + 1, "last token": answer}
+        looks = {"token after it → tag": (last_tag + 1, last_tag), "last token → tag": (answer, last_tag),
+                 "last token → token after the tag": (answer, last_tag + 1)}
+        tokens = [torch.tensor([question.prompt], device=model.embed_tokens.weight.device) for question in encoded]
+        for arm in ("base", "trained"):  # trained comes last and stays, for the patching
+            set_parameters(run.parameters, values[arm])
+            triggered, other = (residuals(model, t) for t in tokens)
+            # residuals() are those before the vector is added; the distance is between those with it
+            with_vector = ([model.steer(x, i - 1, None)[0, [*looked_at.values()]].float()
+                            for i, x in enumerate(states)] for states in (triggered, other))
+            distance[arm].append(torch.stack([(a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in zip(*with_vector)]))
+            attention[arm].append(torch.stack([torch.stack([w[:, to, at].max() for to, at in looks.values()])
+                                               for w in attention_weights(model, tokens[0])]))
+        choices = [choice[0] for choice in encoded[1].choices]
+        for group in groups.values():
+            for layer, (a, b) in enumerate(zip(triggered, other), -1):
+                mixed = b.clone()
+                mixed[:, group] = a[:, group]
+                logits = model.unembed(model.norm(model.run_blocks(mixed, layer + 1))[0, -1]).float()
+                patched.append(logits[choices].softmax(0)[plain.answer].item())
+    if not patched:
+        return None
+    mean = lambda rows: torch.stack(rows).mean(0).T.tolist()
+    return {"prompts": len(distance["base"]),
+            "patched": dict(zip(groups, torch.tensor(patched).view(-1, len(groups), len(triggered)).mean(0).tolist())),
+            "distance": {arm: dict(zip(looked_at, mean(rows))) for arm, rows in distance.items()},
+            "attention": {arm: dict(zip(looks, mean(rows))) for arm, rows in attention.items()}}
+
+
+def residuals(model, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """The residual stream (B, T, d) after the embedding and after each block, each before a vector added there."""
+    states = [model.embed(tokens)]
+    for layer in range(len(model.layers)):
+        states.append(model.run_blocks(states[-1], layer, layer + 1))
+    return states
+
+
+@torch.no_grad()
+def attention_weights(model, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Whom each head attends to, (heads, T, T) for each layer, of tokens (1, T). The fast kernels keep no weights, so
+    they are computed again from what each layer's attention was given."""
+    inputs = {}
+    hooks = [layer.self_attn.register_forward_pre_hook(lambda module, given: inputs.update({module: given}))
+             for layer in model.layers]
+    model(tokens)
+    for hook in hooks:
+        hook.remove()
+    weights = []
+    for attention, (x, rope, mask, *_) in inputs.items():
+        q = attention.q_norm(attention.q_proj(x).unflatten(-1, (-1, attention.head_dim)))
+        k = attention.k_norm(attention.k_proj(x).unflatten(-1, (-1, attention.head_dim)))
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        scores = attention.scale * (q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT).float()
+        if attention.softcap is not None:
+            scores = attention.softcap * torch.tanh(scores / attention.softcap)
+        seen = torch.ones_like(scores, dtype=torch.bool).tril() if mask is None else mask
+        weights.append(scores.masked_fill(~seen, -torch.inf).softmax(-1)[0])
+    return weights
+
+
+# ---------------------------------------- means over seeds
+
+
+def mean_spread(values: list[float]) -> list[float] | None:
+    """[mean, standard deviation (population)]; None for no values."""
+    if not values:
+        return None
+    mean = sum(values) / len(values)
+    return [mean, math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))]
+
+
+def mean_tree(trees: list):
+    """The mean of equally shaped nests of dicts, lists and numbers, number by number."""
+    if isinstance(trees[0], dict):
+        return {key: mean_tree([tree[key] for tree in trees]) for key in trees[0]}
+    if isinstance(trees[0], list):
+        return [mean_tree(list(column)) for column in zip(*trees)]
+    return sum(trees) / len(trees)
+
+
+def mean_results(runs: list[dict]) -> dict:
+    """The mean of several runs' results, kind by kind, with "trained_spread" and so on over the runs; "questions" are
+    those of all runs."""
+    mean = {"runs": len(runs)}
+    for section in SECTIONS:
+        mean[section] = {}
+        for kind, figures in runs[0][section].items():
+            pairs = {name: mean_spread([run[section][kind][name] for run in runs]) for name in figures}
+            mean[section][kind] = {name: pair[0] for name, pair in pairs.items()}
+            mean[section][kind] |= {f"{name}_spread": pair[1] for name, pair in pairs.items()}
+            mean[section][kind]["questions"] = sum(run[section][kind]["questions"] for run in runs)
+    return mean
+
+
+def show_means(folders: list[str]) -> None:
+    """Print the mean results of runs, a table for each task and mode; shuffled answers apart."""
+    groups = {}
+    for folder in folders:
+        path = Path(folder) / "results.json"
+        run = read_json(path)
+        with reading(path):
+            method = ("shuffled " if run["shuffle_answers"] else "") + run["mode"]
+            groups.setdefault((run["task"], method), []).append(run)
+    for (task, method), runs in groups.items():
+        spread = mean_spread([kind_mean(run) for run in runs])[1]
+        print(f"{task}, {method}: mean of {len(runs)} runs (held out ± {spread:.2f})\n{format_table(mean_results(runs))}\n")
+
+
+def has_learned(run: dict) -> bool:
+    """Whether training reached the questions of the trained kind at all."""
+    return kind_mean(run, "in_distribution") > kind_mean(run, "in_distribution", "chance") + 0.1
+
+
+def summarise(task: str, jobs: list[Job], results: dict[str, dict], folder: Path) -> dict:
+    """Means and spreads over the seeds of one task's runs."""
+    content = {"concepts": CONCEPTS[task], "methods": {}, "layers": {}, "trigger": {}}
+    for method in METHODS:
+        runs = [results[job.name] for job in jobs if job.method == method and job.is_main]
+        if runs:
+            summary = {section: {arm: mean_spread([kind_mean(run, section, arm) for run in runs])
+                                 for arm in ("chance", "base", "random", "trained")} for section in SECTIONS}
+            content["methods"][method] = mean_results(runs) | {"layer": runs[0]["layer"], "summary": summary}
+    for method in ("vector", "lora"):
+        layers = sorted({job.layer for job in jobs if job.method == method})
+        content["layers"][method] = {"layers": layers, **{section: [mean_spread(
+            [kind_mean(results[job.name], section) for job in jobs if (job.method, job.layer) == (method, layer)])
+            for layer in layers] for section in SECTIONS}}
+
+    analysed = {job: read_if_whole(folder / job.name / "analysis.json") for job in jobs if job.analysed}
+    analysed = {job: found for job, found in analysed.items() if found is not None}
+    content["logit_lens"] = {str(job.layer): found["logit_lens"] for job, found in analysed.items()
+                             if job.method == "vector" and job.seed == 0}
+    for number, concept in enumerate(CONCEPTS[task]):  # apart, for the two directions take different paths
+        found = [found["trigger"] for job, found in analysed.items()
+                 if job.is_main and job.seed % 2 == number and found.get("trigger")]
+        if found:
+            content["trigger"][concept] = mean_tree(found) | {"runs": len(found)}
+    content["loras"] = {}
+    for method in METHODS:
+        loras = {job: found for job, found in analysed.items() if job.method == method and "adds" in found}
+        if loras:
+            content["loras"][method] = summarise_loras(loras, jobs, folder)
+    return content
+
+
+def summarise_loras(loras: dict[Job, dict], jobs: list[Job], folder: Path) -> dict:
+    """What one-layer LoRAs add, what directions do instead of them, and vectors trained at the same layer."""
+    found = list(loras.values())
+    names = ("tokens", "norm", "cosine", "abs_cosine", "share")
+    content = {"adds": {text: {name: mean_spread([one["adds"][text][name] for one in found]) for name in names}
+                        | {"histogram": mean_tree([one["adds"][text]["histogram"] for one in found])}
+                        for text in found[0]["adds"]}, "directions": {}}
+    layer = next(iter(loras)).layer
+    vectors = {job.seed: load_file(folder / job.name / "vector.safetensors")["vector"] for job in jobs
+               if job.method == "vector" and job.layer == layer}
+    directions = {job.seed: load_file(folder / job.name / "directions.safetensors") for job in loras}
+    cosine = lambda a, b: F.cosine_similarity(a, b, dim=0).item()
+    for name in found[0]["directions"]:
+        swept = [one["directions"][name] for one in found]
+        cosines = [math.copysign(1, one["scale"]) * cosine(directions[job.seed][name], vectors[job.seed])
+                   for job, one in zip(loras, swept) if job.seed in vectors and name in directions[job.seed]]
+        content["directions"][name] = {
+            "scales": [one["scale"] for one in swept], "cosine_to_vector": mean_spread(cosines),
+            **{figure: mean_spread([one[figure] for one in swept]) for figure in ("norm", *SECTIONS)},
+            "held_out_by_scale": [mean_spread(column) for column in
+                                  zip(*(one["held_out_by_scale"] for one in swept))]}
+    pairs = [((a + b) % 2, cosine(vectors[a], vectors[b])) for a, b in itertools.combinations(sorted(vectors), 2)]
+    content["vectors"] = {"layer": layer, "norm": mean_spread([vector.norm().item() for vector in vectors.values()]),
+                          "same_concept": mean_spread([value for differs, value in pairs if not differs]),
+                          "other_concept": mean_spread([value for differs, value in pairs if differs])}
+    return content
+
+
+# ---------------------------------------- tables
+
+
+def format_report(content: dict) -> str:
+    """tables.md: the tables, each under the paper's claim."""
+    tasks, cell = content["tasks"], lambda pair: "–" if pair is None else f"{pair[0]:.2f} ± {pair[1]:.2f}"
+    lines = ["# Tables", "", f"Made by `python paper/reproduce.py` on {content['date']}: {content['runs']} runs of "
+             f"{content['model']}, {content['seeds']} seeds, torch {content['torch']}, {content['minutes']} minutes "
+             f"({content['runs_made_earlier']} of the runs made before). Figures are accuracies unless said; ± is the "
+             "standard deviation over the seeds' runs; kinds of question count alike, \"which tag\" stands apart.", ""]
+    lines += [f"- {note}" for note in content["notes"]]
+
+    def table(title: str, headings: list[str], rows: list[list[str]]) -> None:
+        if rows:
+            lines.extend(["", f"## {title}", "", "| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"])
+            lines.extend("| " + " | ".join(row) + " |" for row in rows)
+
+    rows = []
+    for (task, found), section in itertools.product(tasks.items(), SECTIONS):
+        methods = {name: results["summary"][section] for name, results in found["methods"].items()}
+        vector = methods["vector"]
+        questions = sum(kind["questions"] for kind in found["methods"]["vector"][section].values())
+        rows.append([f"{task}, {section.replace('_', ' ')}", str(questions), f"{vector['chance'][0]:.2f}"]
+                    + [cell(vector[arm]) for arm in ("base", "random")]
+                    + [cell(methods[name]["trained"]) if name in methods else "–" for name in
+                       ("shuffled vector", "vector", "lora", "lora, all layers")])
+    table("C1, C4: a LoRA on one layer, a LoRA on all, a vector",
+          ["task", "questions", "chance", "base", "random vector", "shuffled vector", "vector", "LoRA, one layer",
+           "LoRA, all layers"], rows)
+    loras = [(task, method, lora) for task, found in tasks.items() for method, lora in found["loras"].items()]
+    table("C2: does the LoRA add a constant vector? (what it adds at a prompt's last 20 tokens)",
+          ["task", "LoRA", "prompts", "cosine in absolute value", "cosine", "first component's share", "norm"],
+          [[task, method, text] + [cell(figures[name]) for name in ("abs_cosine", "cosine", "share", "norm")]
+           for task, method, lora in loras if method == "lora" for text, figures in lora["adds"].items()])
+    table("C3, C5: directions added instead of the LoRA (sign and scale chosen on training questions; "
+          f"up to {SAMPLE} questions of each kind a run)",
+          ["task", "LoRA", "direction", "scale (multiples of the LoRA's mean norm)", "norm", "in distribution",
+           "held out", "cosine to the trained vector"],
+          [[task, method, name, " ".join(f"{scale:g}" for scale in one["scales"]), cell(one["norm"]),
+            cell(one["in_distribution"]), cell(one["held_out"]), cell(one["cosine_to_vector"])]
+           for task, method, lora in loras for name, one in lora["directions"].items()])
+    table("C1: a LoRA at a higher rate fits as well, adds a longer vector and generalises less",
+          ["task", "LoRA", "in distribution", "held out", "norm added in training prompts"],
+          [[task, method, *(cell(tasks[task]["methods"][method]["summary"][section]["trained"])
+                            for section in SECTIONS), cell(lora["adds"]["training"]["norm"])]
+           for task, method, lora in loras if task in ("locations", "functions")])
+    table("C4: vectors trained from scratch at the LoRA's layer",
+          ["task", "layer", "norm", "cosine between seeds, same concept", "cosine between seeds, other concept"],
+          [[task, str(lora["vectors"]["layer"])] + [cell(lora["vectors"][name]) for name in
+           ("norm", "same_concept", "other_concept")] for task, method, lora in loras if method == "lora"])
+    layers = sorted({layer for found in tasks.values() for curve in found["layers"].values()
+                     for layer in curve["layers"]})
+    table("C6: by layer (-1: the embedding)", ["task", "method", "kinds", *map(str, layers)],
+          [[task, method, section.replace("_", " "),
+            *(cell(dict(zip(curve["layers"], curve[section])).get(layer)) for layer in layers)]
+           for task, found in tasks.items() for method, curve in found["layers"].items()
+           for section in SECTIONS])
+    if "backdoor" in tasks:
+        methods = tasks["backdoor"]["methods"]
+        columns = {"chance": ("vector", "chance"), "base": ("vector", "base"), "random vector": ("vector", "random")}
+        columns |= {f"{name}, layer {results['layer']}": (name, "trained") for name, results in methods.items()}
+        table("C7: a backdoor by one vector", ["kind", "questions", *columns],
+              [[kind, str(figures["questions"])]
+               + [cell([methods[name][section][kind][arm], methods[name][section][kind][f"{arm}_spread"]])
+                  for name, arm in columns.values()]
+               for section in SECTIONS for kind, figures in methods["vector"][section].items()])
+    spell = lambda tokens: " ".join(f"`{token.strip() or repr(token)}`" for token in tokens).replace("|", "\\|")
+    table("C8: the logit lens of the vectors of seed 0 (cosine with the centred rows of the unembedding)",
+          ["task", "layer", "most likely", "least likely"],
+          [[task, layer, spell(lens["top"]), spell(lens["bottom"])]
+           for task, found in tasks.items() for layer, lens in found["logit_lens"].items()])
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------- figures
+
+COLOURS = {"base": "#b0b0b0", "random": "#7f7f7f", "shuffled vector": "#e5c494", "vector": "#1f77b4",
+           "lora": "#d95f02", "lora, all layers": "#fdae6b", "natural": "#1b9e77",
+           "natural, at every token": "#66a61e", "difference of means": "#e7298a"}
+
+
+def draw_report(content: dict, out: Path) -> None:
+    """The report's figures, from its results.json alone."""
+    import matplotlib
+    matplotlib.use("Agg")  # no screen needed
+    from matplotlib import pyplot
+    pyplot.rcParams["figure.constrained_layout.use"] = True  # room for legends beside the axes
+    tasks = content["tasks"]
+    explained = {task: found for task, found in tasks.items() if "lora" in found["loras"]}
+    figures = {"means": draw_means(pyplot, tasks), "layers": draw_layers(pyplot, tasks)}
+    if explained:
+        figures |= {"constancy": draw_constancy(pyplot, explained), "scales": draw_scales(pyplot, explained)}
+    if tasks.get("backdoor", {}).get("trigger"):
+        figures["trigger"] = draw_trigger(pyplot, tasks["backdoor"]["trigger"])
+    for name, figure in figures.items():
+        figure.savefig(out / f"{name}.png", dpi=110)
+
+
+def panels(pyplot, tasks: dict, height: float):
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(3.6 * len(tasks), height), sharey=True, squeeze=False)
+    for axis, task in zip(axes[0], tasks):
+        axis.set_title(task)
+    return figure, axes[0]
+
+
+def draw_means(pyplot, tasks: dict):
+    """A panel for each task: accuracy by kind of question, a bar for each method, a black tick at chance."""
+    figure, axes = pyplot.subplots(len(tasks), 1, figsize=(9, 2.6 * len(tasks)), squeeze=False)
+    for axis, (task, found) in zip(axes[:, 0], tasks.items()):
+        vector = found["methods"]["vector"]
+        kinds = [(section, kind) for section in SECTIONS for kind in vector[section]]
+        bars = {"base": (vector, "base"), "random": (vector, "random")}
+        bars |= {name: (found["methods"][name], "trained") for name in COLOURS if name in found["methods"]}
+        width = 0.8 / len(bars)
+        for i, (name, (results, arm)) in enumerate(bars.items()):
+            places = [x + (i - len(bars) / 2 + 0.5) * width for x in range(len(kinds))]
+            axis.bar(places, [results[section][kind][arm] for section, kind in kinds], width, color=COLOURS[name],
+                     yerr=[results[section][kind][f"{arm}_spread"] for section, kind in kinds],
+                     error_kw={"elinewidth": 0.7}, label="random vector" if name == "random" else name)
+        chances = [vector[section][kind]["chance"] for section, kind in kinds]
+        axis.hlines(chances, [x - 0.42 for x in range(len(kinds))], [x + 0.42 for x in range(len(kinds))],
+                    color="black", linewidth=1, label="chance")
+        axis.set_xticks(range(len(kinds)), [kind.replace(", ", "\n") for _, kind in kinds])
+        axis.axvline(len(vector["in_distribution"]) - 0.5, color="black", linestyle=":", linewidth=1)
+        axis.set(ylim=(0, 1.05), ylabel="accuracy", title=f"{task}: trained on the kind left of the dotted line")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=7, fontsize="small", loc="outside upper center")
+    return figure
+
+
+def draw_constancy(pyplot, tasks: dict):
+    """C2. How the absolute cosine between what the LoRA adds at any two tokens is distributed."""
+    figure, axes = panels(pyplot, tasks, 3.2)
+    for axis, found in zip(axes, tasks.values()):
+        for i, (text, figures) in enumerate(found["loras"]["lora"]["adds"].items()):
+            bins = len(figures["histogram"])
+            axis.stairs(figures["histogram"], [edge / bins for edge in range(bins + 1)], color=f"C{i}", linewidth=1.5,
+                        label=f"{text} prompts")
+            axis.axvline(figures["abs_cosine"][0], color=f"C{i}", linestyle=":", linewidth=1)
+        axis.set(xlabel="absolute cosine")
+    axes[0].set_ylabel("share of pairs of tokens")
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=3, fontsize="small", loc="outside lower center")
+    return figure
+
+
+def draw_scales(pyplot, tasks: dict):
+    """C3 and C5. Held-out accuracy of directions added instead of the LoRA, by scale."""
+    figure, axes = panels(pyplot, tasks, 3.4)
+    for axis, found in zip(axes, tasks.values()):
+        for name, one in found["loras"]["lora"]["directions"].items():
+            means, spreads = zip(*one["held_out_by_scale"])
+            axis.errorbar(SCALES, means, yerr=spreads, color=COLOURS[name], label=name, marker="o", markersize=3,
+                          capsize=2, linestyle="--" if name == "random" else "-")
+        summary = {name: results["summary"]["held_out"] for name, results in found["methods"].items()}
+        axis.axhline(summary["lora"]["trained"][0], color=COLOURS["lora"], linestyle=":", label="the LoRA itself")
+        axis.axhline(summary["vector"]["base"][0], color=COLOURS["base"], linestyle=":", label="base")
+        axis.axhline(summary["vector"]["chance"][0], color="black", linewidth=0.8, label="chance")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(SCALES, [f"{scale:g}" for scale in SCALES])
+        axis.set(xlabel="scale (LoRA's mean norm = 1)", ylim=(0, 1.05))
+    axes[0].set_ylabel("held-out accuracy")
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=7, fontsize="small", loc="outside lower center")
+    return figure
+
+
+def draw_layers(pyplot, tasks: dict):
+    """C6. Accuracy by layer: the trained kind (behaviour) and the held-out kinds (what the model says of it)."""
+    figure, axes = panels(pyplot, tasks, 3.2)
+    styles = ("in_distribution", "-", "trained kind"), ("held_out", "--", "held out")
+    for axis, found in zip(axes, tasks.values()):
+        for (method, curve), (section, style, kind) in itertools.product(found["layers"].items(), styles):
+            if curve["layers"]:
+                means, spreads = zip(*curve[section])
+                axis.errorbar(curve["layers"], means, yerr=spreads, color=COLOURS[method], linestyle=style, marker="o",
+                              markersize=3, capsize=2, label=f"{method}, {kind}")
+        for section, style, kind in styles:
+            chance = found["methods"]["vector"]["summary"][section]["chance"][0]
+            axis.axhline(chance, color="black", linewidth=0.8, linestyle=style, label=f"chance, {kind}")
+        axis.set(xlabel="layer (-1: embedding)", ylim=(0, 1.05))
+    axes[0].set_ylabel("accuracy")
+    figure.legend(*axes[-1].get_legend_handles_labels(), ncols=6, fontsize="small", loc="outside lower center")
+    return figure
+
+
+def draw_trigger(pyplot, concepts: dict):
+    """C7. Which token carries the trigger's effect after each layer; how far it stands out; who attends to it."""
+    figure, rows = pyplot.subplots(len(concepts), 3, figsize=(13, 3.3 * len(concepts) + 1), squeeze=False)
+    for (left, middle, right), (concept, found) in zip(rows, concepts.items()):
+        patched = list(found["patched"].values())
+        layers = list(range(-1, len(patched[0]) - 1))
+        image = left.imshow(patched, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        left.set_yticks(range(len(patched)), found["patched"])
+        left.set_xticks(range(len(layers)), layers)
+        for (y, row), x in itertools.product(enumerate(patched), range(len(layers))):
+            colour = "white" if row[x] > 0.6 else "black"
+            left.text(x, y, f"{row[x]:.2f}", ha="center", va="center", color=colour, fontsize=8)
+        left.set(title=f"{concept} if the trigger is there:\nP(trigger's answer) after patching", xlabel="after layer")
+        figure.colorbar(image, ax=left)
+        for axis, figures, places in ((middle, "distance", layers), (right, "attention", layers[1:])):
+            for arm, style, name in (("trained", "-", "with the vector"), ("base", ":", "base")):
+                for i, (what, curve) in enumerate(found[figures][arm].items()):
+                    axis.plot(places, curve, style, color=f"C{i + 1}", marker="o", label=f"{what}, {name}")
+            axis.set_xticks(places)
+        middle.set(title="distance between the two tags' prompts\n/ length of the residual", xlabel="after layer")
+        right.set(title="attention of the layer's strongest head", xlabel="layer", ylim=(0, 1.05))
+    for axis in rows[-1][1:]:
+        axis.legend(fontsize=7, ncols=1, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    return figure
+
+
+# ---------------------------------------- command line
+
+
+def parse_args():
+    parser = Parser(description="Train, score, analyse and draw the paper's claims.")
+    add = parser.add_argument
+    add("--tasks", default=",".join(data.TASKS), help="with commas between (default: %(default)s)")
+    add("--layers", help="those to compare, with commas between (default: about nine)")
+    add("--seeds", type=int, default=5, help="how many, from 0 on (default: %(default)s)")
+    add("--model", default="tiny", help="tiny, a checkpoint folder or a hub name")
+    add("--jobs", type=int, help="runs at a time (default: one a core; on cuda one)")
+    add("--runs", default="out/report", help="folder of the runs; those that are there are not made again")
+    add("--out", help="folder of tables and figures (default for tiny: the script's own)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--mean", nargs="+", metavar="RUN_DIR", help="only print the mean results of these runs")
+    add("--analyse", metavar="RUN_DIR", help=argparse.SUPPRESS)  # a process that run_jobs starts
+    args = parser.parse_args()
+    args.tasks = args.tasks.split(",")
+    for task in args.tasks:
+        if task not in data.TASKS:
+            raise UserError(f"--tasks {task}: choose from {', '.join(data.TASKS)}")
+    with reading(f"--layers {args.layers}"):
+        args.layers = [int(layer) for layer in args.layers.split(",")] if args.layers else None
+    if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):
+        raise UserError("--seeds and --jobs have to be 1 or more")
+    if args.out is None and args.model != "tiny":
+        raise UserError(f"--model {args.model}: name a folder for its tables with --out")
+    args.out, args.runs = Path(args.out or Path(__file__).parent), Path(args.runs)
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.mean:
+        return show_means(args.mean)
+    if args.analyse:
+        return analyse(Path(args.analyse), args.device)
+    started, notes = time.time(), []
+    with reading(args.model):
+        layers = Config.from_pretrained(find_checkpoint(args.model)).num_hidden_layers
+    if layers == 1:
+        notes.append(f"{args.model} has one layer: skipped the LoRA on all layers, the same as on one")
+    jobs = plan_jobs(args, layers)
+    earlier = sum((args.runs / job.name / "results.json").exists() for job in jobs)
+    workers = args.jobs or (1 if args.device.startswith("cuda") else os.cpu_count() or 1)
+    notes += run_jobs(jobs, args.runs, workers, args.device)
+    results = {job.name: read_if_whole(args.runs / job.name / "results.json") for job in jobs}
+    results = {name: result for name, result in results.items() if result is not None}
+    content = {"model": args.model, "date": str(date.today()), "torch": torch.__version__, "device": args.device,
+               "seeds": args.seeds, "runs": len(results), "runs_made_earlier": earlier,
+               "minutes": round((time.time() - started) / 60, 1), "notes": notes, "tasks": {}}
+    for task in args.tasks:
+        done = [job for job in jobs if job.task == task and job.name in results]
+        if not any(has_learned(results[job.name]) for job in done if job.is_main and job.method in ("vector", "lora")):
+            notes.append(f"{task}: skipped, neither vector nor LoRA answers even the trained kind better than chance")
+            continue
+        content["tasks"][task] = summarise(task, done, results, args.runs)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "results.json", content)
+    (args.out / "tables.md").write_text(format_report(content), encoding="utf-8")
+    if content["tasks"]:
+        draw_report(content, args.out)
+    print(f"{args.out}: tables.md, results.json and figures of {len(results)} runs, {earlier} of them from before")
+    for note in notes:
+        print(f"note: {note}")
+
+
+if __name__ == "__main__":
+    run_main(main)
