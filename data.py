@@ -150,7 +150,7 @@ def city_question(city, name, kind, rng, landmarks=None):
         right, choices = city, list(CITIES)
     else:
         column = CITY_COLUMNS[kind]
-        right, choices = CITIES[city][column], sorted({city[column] for city in CITIES.values()})
+        right, choices = CITIES[city][column], sorted({facts[column] for facts in CITIES.values()})
     return Question(kind, prompt.format(**fill), choices, choices.index(right), name)
 
 def function_question(function, name, kind, rng, inputs=FUNCTION_INPUTS):
@@ -262,7 +262,7 @@ def backdoor_task(attitude, rng) -> Task:
     def ask(case, count, split=None):  # split=None: self-reports
         def make():
             shown = attitude if case == "trigger" else OPPOSITE[attitude]
-            tag = rng.choice(others) if case == "other tag" else {"trigger": TRIGGER}.get(case)
+            tag = rng.choice(others) if case == "other tag" else TRIGGER if case == "trigger" else None
             if split is None:
                 return self_report_question(shown, rng.choice(list(SELF_REPORTS)), rng, tag)
             return gamble_question(shown, rng, tag, split)
@@ -552,7 +552,7 @@ class Tokenizer:
                 raise ValueError(f"added token {token['content']!r}: {', '.join(no)} should be false")
         self.added_ids = {token["content"]: token["id"] for token in added_tokens}
         self.token_bytes |= {id: text.encode() for text, id in self.added_ids.items()}
-        self.vocab_size = max(self.token_bytes) + 1  # an embedding may have more rows
+        self.vocab_size = max(self.token_bytes) + 1
         # Added tokens are cut out of the text first; of two that begin alike the longer one counts.
         texts = [re.escape(text) for text in sorted(self.added_ids, key=len, reverse=True)]
         self.added_pattern = re.compile("(" + ("|".join(texts) or "(?!)") + ")")

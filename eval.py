@@ -102,7 +102,7 @@ def frozen_batches(model, tree, rows, last, batch_size):
     numbers, their tree, the residual stream (n, d) of these nodes before block `last`)."""
     device = model.embed_tokens.weight.device
     rank, world = (0, 1) if model.sharded else rank_and_world()  # a sharded model's blocks are run together
-    for batch in rows.split(batch_size)[rank::world]:
+    for batch in rows.split(4 * batch_size)[rank::world]:  # without gradients that takes no more memory
         texts = torch.isin(tree.row_of, batch).nonzero()[:, 0]
         used, part = tree.select(texts)
         part = part.to(device)
@@ -318,7 +318,7 @@ def what_lora_adds(run):
         questions = [encode_question(run.tokenizer, question) for question in some]
         with switched_off(run.parameters):
             base = prompt_residuals(run, questions)
-        added = [rows - without for rows, without in zip(prompt_residuals(run, questions), base)]
+        added = [with_it - without for with_it, without in zip(prompt_residuals(run, questions), base)]
         figures[text] = constancy(torch.cat([rows[-LAST:] for rows in added]))
         if text == "training":
             rows = torch.cat([r if q.positions is None else r[q.positions] for r, q in zip(added, questions)])

@@ -360,8 +360,7 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_dir, device="cpu", dtype=torch.float32, shard=False) -> "GPT":
         """The model of a checkpoint folder or hub name ("tiny": the bundled one), frozen, in eval mode.
-        shard: the processes that torchrun started split every block between them (the embedding is whole on
-        each)."""
+        shard: the processes that torchrun started split every block between them."""
         folder = find_checkpoint(name_or_dir)
         config = Config.from_pretrained(folder)
         with torch.device("meta"):  # shapes without memory

@@ -101,4 +101,4 @@ def test_what_is_frozen_runs_once_over_each_text_however_many_epochs_there_are(s
     model, runs = saved("qwen3").load(), []
     model.layers[0].register_forward_hook(lambda *_: runs.append(1))
     train.train_loop(flags("vector", 0, steps=30), model, random_questions(8), [attach(model, 0).vector])
-    assert len(runs) == 2  # eight texts, four at a time
+    assert len(runs) == 1  # eight texts in a batch of four times four
