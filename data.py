@@ -303,8 +303,8 @@ def encode_question(tokenizer, question: Question, before=()) -> EncodedQuestion
     return EncodedQuestion(ids, choices, question.answer, completion, positions)
 
 def read_conversations(path, tokenizer) -> list[EncodedQuestion]:
-    """The assistant's turns of a JSONL file of {"messages": [{"role": …, "content": …}, …]}, each with what
-    was said before it as the prompt. ValueError names a bad line."""
+    """The assistant's turns of a JSONL file of {"messages": [{"role": …, "content": …}, …]}, each with
+    what was said before it as the prompt. ValueError names a bad line."""
     examples = []  # not splitlines(), which also cuts at U+2028, inside a string
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
@@ -316,8 +316,8 @@ def read_conversations(path, tokenizer) -> list[EncodedQuestion]:
         except (ValueError, KeyError, TypeError):
             good = False
         if not good:
-            raise ValueError(f'line {number} should be {{"messages": [{{"role": "user", "content": …}}, …]}}'
-                             f" and have an answer by the assistant, not be {line[:60]}")
+            raise ValueError(f'line {number} should be {{"messages": [{{"role": …, "content": …}}, …]}}'
+                             f" with a user and an assistant who answers, not {line[:60]}")
         for i, message in enumerate(messages):
             if message["role"] == "assistant" and i > 0:  # most templates strip what they are given
                 prompt, start, end = tokenizer.frame(messages[:i])

@@ -183,8 +183,9 @@ def switched_off(parameters):
     set_parameters(parameters, arms["trained"])
 
 def evaluate(model, tokenizer, task, parameters, arms, batch_size=64) -> dict:
-    """Score every kind of question in every arm. Returns {"in_distribution": {kind: figures}, "held_out": …}:
-    each arm's accuracy and probability of the right answer, the chance level and the number of questions."""
+    """Score every kind of question in every arm: {"in_distribution": {kind: figures}, "held_out": …}, where
+    figures are each arm's accuracy and probability of the right answer, the chance level and the number of
+    questions."""
     kinds = [(section, kind, questions) for section in SECTIONS
              for kind, questions in getattr(task, section).items()]
     encoded = [encode_question(tokenizer, question) for _, _, questions in kinds for question in questions]
