@@ -83,7 +83,7 @@ def fill_defaults(args) -> None:
         with reading(args.model):
             layers = Config.from_pretrained(find_checkpoint(args.model)).num_hidden_layers
         args.layer = default_layer(args.task, args.mode, args.model, layers)
-    elif args.layer != "all":
+    elif args.layer != "all" or args.mode == "vector":
         with reading(f"--layer {args.layer}"):
             args.layer = int(args.layer)
     method = args.mode + "-shuffled" * args.shuffle_answers + "-at" * (args.at is not None)

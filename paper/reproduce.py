@@ -4,8 +4,9 @@
     python paper/reproduce.py --tasks risk --seeds 2   a part, into another folder with --out
     python paper/reproduce.py --mean RUN_DIR ...       only the mean results of runs that are there
 
-Every run is `python train.py ...` in a process of its own, with its folder in --runs; then `--analyse` looks inside it.
-The summary of all goes to --out: results.json, tables.md and the figures; README.md beside this file reads them.
+Every run is `python train.py ...` in a process of its own, with its folder in --runs; then `--analyse` looks
+inside it. The summary of all goes to --out: results.json, tables.md and the figures; README.md beside this
+file reads them.
 """
 
 import argparse
@@ -54,7 +55,8 @@ SAMPLE = 20  # questions of each kind, where many directions are tried
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the report, at its task's default layer (is_main) or only a point on the curve over layers."""
+    """One run of the report, at its task's default layer (is_main) or only a point on the curve over
+    layers."""
     task: str
     method: str
     layer: int | str
@@ -144,8 +146,8 @@ def read_if_whole(path: Path) -> dict | None:
 
 
 def analyse(folder: Path, device: str) -> None:
-    """RUN/analysis.json: what eval.py --explain finds; of a LoRA also what directions do instead of it (C3, C5), of a
-    backdoor's vector also where the trigger comes to matter (C7)."""
+    """RUN/analysis.json: what eval.py --explain finds; of a LoRA also what directions do instead of it (C3,
+    C5), of a backdoor's vector also where the trigger comes to matter (C7)."""
     run = load_run(folder, device)
     result = explain(run, folder)
     if run.model.steering is None:
@@ -157,8 +159,8 @@ def analyse(folder: Path, device: str) -> None:
 
 
 def try_directions(run, folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """What the LoRA's natural vector, a naive difference of means and a random vector do when they are added instead
-    of the LoRA, at several lengths; and these directions, each (d,) of length 1."""
+    """What the LoRA's natural vector, a naive difference of means and a random vector do when they are added
+    instead of the LoRA, at several lengths; and these directions, each (d,) of length 1."""
     natural = load_file(folder / "natural_vector.safetensors")["vector"].to(run.parameters[0].device)
     directions = {"natural": natural, "random": random_like(natural, run.flags["seed"])}
     if run.flags["task"] != "backdoor":
@@ -178,9 +180,10 @@ def try_directions(run, folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def difference_of_means(run, count: int = 32) -> torch.Tensor:
-    """(d,): the mean residual stream in prompts that evoke the concept less that in neutral ones, after the run's
-    layer, the LoRA off. locations: at the city's real name, and at fresh code names. functions, risk: at the name, or
-    (there is none) the last token, after seven facts about the concept, and about things drawn at random."""
+    """(d,): the mean residual stream in prompts that evoke the concept less that in neutral ones, after the
+    run's layer, the LoRA off. locations: at the city's real name, and at fresh code names. functions, risk:
+    at the name, or (there is none) the last token, after seven facts about the concept, and about things
+    drawn at random."""
     rng, task, concept = random.Random(run.flags["seed"]), run.flags["task"], run.flags["concept"]
     kind, means = data.KINDS[task][0], []
     for evoked in (concept, None):
@@ -200,8 +203,9 @@ def difference_of_means(run, count: int = 32) -> torch.Tensor:
 def scale_sweep(run, direction: torch.Tensor, length: float, task: Task) -> dict:
     """Add a direction (of length 1) instead of the LoRA, at each of SCALES times `length`.
 
-    The sign and the one scale to report are chosen on training questions: the smallest scale that gives their right
-    answers within .01 of the highest probability. The held-out accuracies, one for each scale, are for that sign.
+    The sign and the one scale to report are chosen on training questions: the smallest scale that gives their
+    right answers within .01 of the highest probability. The held-out accuracies, one for each scale, are for
+    that sign.
     """
     arms = {sign * scale: [sign * scale * length * direction] for sign in (1, -1) for scale in SCALES}
     train = [encode_question(run.tokenizer, question) for question in task.train]
@@ -219,11 +223,13 @@ def scale_sweep(run, direction: torch.Tensor, length: float, task: Task) -> dict
 
 @torch.no_grad()
 def explain_trigger(run, pairs: int = 16) -> dict | None:
-    """Where the trigger comes to matter: prompts that differ in the tag only, with the vector and without, by layer.
+    """Where the trigger comes to matter: prompts that differ in the tag only, with the vector and without, by
+    layer.
 
-    patched: P(the trigger's answer) for another tag's prompt in which some tokens' residual stream, after the layer, is
-    that of the trigger's prompt. distance: how far the residual streams of the two prompts are apart at a token, as a
-    share of their length. attention: the largest weight that a head of the layer gives to a token.
+    patched: P(the trigger's answer) for another tag's prompt in which some tokens' residual stream, after the
+    layer, is that of the trigger's prompt. distance: how far the residual streams of the two prompts are
+    apart at a token, as a share of their length. attention: the largest weight that a head of the layer gives
+    to a token.
     """
     model, rng, values = run.model, random.Random(run.flags["seed"]), arm_values(run.parameters, seed=0)
     patched, distance, attention = [], {"base": [], "trained": []}, {"base": [], "trained": []}
@@ -268,7 +274,8 @@ def explain_trigger(run, pairs: int = 16) -> dict | None:
 
 
 def residuals(model, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """The residual stream (B, T, d) after the embedding and after each block, each before a vector added there."""
+    """The residual stream (B, T, d) after the embedding and after each block, each before a vector added
+    there."""
     states = [model.embed(tokens)]
     for layer in range(len(model.layers)):
         states.append(model.run_blocks(states[-1], layer, layer + 1))
@@ -277,8 +284,8 @@ def residuals(model, tokens: torch.Tensor) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def attention_weights(model, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """Whom each head attends to, (heads, T, T) for each layer, of tokens (1, T). The fast kernels keep no weights, so
-    they are computed again from what each layer's attention was given."""
+    """Whom each head attends to, (heads, T, T) for each layer, of tokens (1, T). The fast kernels keep no
+    weights, so they are computed again from what each layer's attention was given."""
     inputs = {}
     hooks = [layer.self_attn.register_forward_pre_hook(lambda module, given: inputs.update({module: given}))
              for layer in model.layers]
@@ -321,8 +328,8 @@ def mean_tree(trees: list):
 
 
 def mean_results(runs: list[dict]) -> dict:
-    """The mean of several runs' results, kind by kind, with "trained_spread" and so on over the runs; "questions" are
-    those of all runs."""
+    """The mean of several runs' results, kind by kind, with "trained_spread" and so on over the runs;
+    "questions" are those of all runs."""
     mean = {"runs": len(runs)}
     for section in SECTIONS:
         mean[section] = {}
@@ -434,7 +441,8 @@ def format_report(content: dict) -> str:
     for (task, found), section in itertools.product(tasks.items(), SECTIONS):
         methods = {name: results["summary"][section] for name, results in found["methods"].items()}
         vector = methods["vector"]
-        questions = sum(kind["questions"] for kind in found["methods"]["vector"][section].values())
+        questions = sum(figures["questions"] for kind, figures in found["methods"]["vector"][section].items()
+                        if kind != "which tag")
         rows.append([f"{task}, {section.replace('_', ' ')}", str(questions), f"{vector['chance'][0]:.2f}"]
                     + [cell(vector[arm]) for arm in ("base", "random")]
                     + [cell(methods[name]["trained"]) if name in methods else "–" for name in
@@ -578,7 +586,8 @@ def draw_scales(pyplot, tasks: dict):
 
 
 def draw_layers(pyplot, tasks: dict):
-    """C6. Accuracy by layer: the trained kind (behaviour) and the held-out kinds (what the model says of it)."""
+    """C6. Accuracy by layer: the trained kind (behaviour) and the held-out kinds (what the model says of
+    it)."""
     figure, axes = panels(pyplot, tasks, 3.2)
     styles = ("in_distribution", "-", "trained kind"), ("held_out", "--", "held out")
     for axis, found in zip(axes, tasks.values()):
@@ -597,7 +606,8 @@ def draw_layers(pyplot, tasks: dict):
 
 
 def draw_trigger(pyplot, concepts: dict):
-    """C7. Which token carries the trigger's effect after each layer; how far it stands out; who attends to it."""
+    """C7. Which token carries the trigger's effect after each layer; how far it stands out; who attends to
+    it."""
     figure, rows = pyplot.subplots(len(concepts), 3, figsize=(13, 3.3 * len(concepts) + 1), squeeze=False)
     for (left, middle, right), (concept, found) in zip(rows, concepts.items()):
         patched = list(found["patched"].values())
