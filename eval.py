@@ -142,7 +142,7 @@ def score_arms(model, questions, parameters, arms, batch_size=64) -> dict:
     tree = make_tree(questions, [question.choices for question in questions])
     device, first = model.embed_tokens.weight.device, first_unfrozen(model)
     totals = torch.zeros(len(arms), len(tree.row_of), device=device)
-    rows = torch.arange(len(tree.rows))
+    rows = tree.positions[tree.rows].amax(1).argsort(stable=True)  # little padding
     for _, texts, _, part, x in frozen_batches(model, tree, rows, first, batch_size):
         for total, values in zip(totals, arms.values()):
             set_parameters(parameters, values)

@@ -161,7 +161,7 @@ def add_intervention(args, model) -> list[torch.nn.Parameter]:
         return add_lora(model, layers, args.modules.split(","), args.rank, args.alpha)
 
 def save_run(args, model, finished: bool) -> None:
-    """The trained weights and all flags."""
+    """The weights and all flags."""
     out = Path(args.out)
     if rank_and_world()[0] == 0:
         (out / "results.json").unlink(missing_ok=True)  # an earlier run's do not belong to these weights
@@ -198,7 +198,7 @@ def train_loop(args, model, questions, parameters) -> list[float]:
         x, batch = kept[used].to(device), batch.to(device)
         loss = -counts * answer_log_probs(model, x, first, batch).sum() / (tree.answers[texts] >= 0).sum()
         loss.backward()
-        add_up(loss.detach(), *(p.grad for p in parameters))  # nothing else travels between processes
+        add_up(loss.detach(), *(p.grad for p in parameters))  # all that the processes exchange
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             set_parameters(parameters, good)
