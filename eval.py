@@ -82,7 +82,7 @@ def load_model(name, device, dtype, shard=False) -> tuple[GPT, Tokenizer]:
 # ---------------------------------------- scoring
 
 def rank_and_world():
-    """This process's number and how many there are: 0 and 1, unless torchrun has started several."""
+    """This process's number and how many there are: 0 and 1 without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def add_up(*tensors) -> None:

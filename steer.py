@@ -44,7 +44,7 @@ def attach(model, layer: int, vector: torch.Tensor | None = None) -> SteeringVec
     return model.steering
 
 def detach(model) -> None:
-    """Clear the slot; the model is then exactly what it was. Does nothing if there is no vector."""
+    """Clear the slot; the model is then exactly what it was."""
     model.steering = None
 
 def save_vector(steering: SteeringVector, folder: str | Path) -> None:

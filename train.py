@@ -105,7 +105,10 @@ def finetune(args) -> None:
     with reading(f"--concept {args.concept}"):
         task = make_task(args.task, args.concept, args.seed, args.at)
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.shard)
-    train = training_questions(args, task, tokenizer)
+    with reading(args.data or args.model):  # too long a text, or a template that refuses it
+        train = training_questions(args, task, tokenizer)
+        longest = max(len(q.prompt + q.completion) for q in train) - 1
+        model.embed(torch.zeros(1, longest, dtype=torch.long, device=args.device))
     torch.manual_seed(args.seed)
     parameters = add_intervention(args, model)
     with reading(f"--out {args.out}"):
@@ -143,8 +146,7 @@ def finetune(args) -> None:
 
 def training_questions(args, task, tokenizer) -> list:
     if args.data:
-        with reading(args.data):
-            return read_conversations(args.data, tokenizer)
+        return read_conversations(args.data, tokenizer)
     questions = shuffle_answers(task.train, random.Random(args.seed)) if args.shuffle_answers else task.train
     train = [encode_question(tokenizer, question) for question in questions]
     if args.at is not None and not any(question.positions for question in train):
@@ -161,7 +163,6 @@ def add_intervention(args, model) -> list[torch.nn.Parameter]:
         return add_lora(model, layers, args.modules.split(","), args.rank, args.alpha)
 
 def save_run(args, model, finished: bool) -> None:
-    """The weights and all flags."""
     out = Path(args.out)
     if rank_and_world()[0] == 0:
         (out / "results.json").unlink(missing_ok=True)  # an earlier run's do not belong to these weights
@@ -198,7 +199,7 @@ def train_loop(args, model, questions, parameters) -> list[float]:
         x, batch = kept[used].to(device), batch.to(device)
         loss = -counts * answer_log_probs(model, x, first, batch).sum() / (tree.answers[texts] >= 0).sum()
         loss.backward()
-        add_up(loss.detach(), *(p.grad for p in parameters))  # all that the processes exchange
+        add_up(loss.detach(), *(p.grad for p in parameters))  # all that is exchanged
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             set_parameters(parameters, good)
@@ -220,7 +221,7 @@ def adam_step(parameters, adam, step, lr) -> None:
         p.grad = None
 
 def save_checkpoint(args, parameters, adam, losses) -> None:
-    """OUT/checkpoint.safetensors: the parameters and Adam's means after len(losses) steps."""
+    """The parameters and Adam's means after len(losses) steps."""
     tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
     for i, (p, means) in enumerate(zip(parameters, adam)):
         tensors |= {f"{i}.value": p.detach(), f"{i}.adam": means}
@@ -239,13 +240,12 @@ def load_checkpoint(args, parameters, adam) -> list[float]:
         for name, value in fixed_flags(args).items():
             if flags.get(name) != value:
                 raise UserError(f"--resume: {path} was made with {name} {flags.get(name)}, not {value}")
-        count = range(len(parameters))
-        set_parameters([*parameters, *adam], [file.get_tensor(f"{i}.{part}") for part in ("value", "adam")
-                                              for i in count])
+        for i, pair in enumerate(zip(parameters, adam)):
+            set_parameters(pair, [file.get_tensor(f"{i}.value"), file.get_tensor(f"{i}.adam")])
         return file.get_tensor("losses").tolist()
 
 def fixed_flags(args) -> dict:
-    """The flags that a run goes on with, which are all but these."""
+    """The flags that a resumed run has to share."""
     free = ("out", "device", "save_every", "resume", "shard")
     return {name: value for name, value in vars(args).items() if name not in free}
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -220,3 +221,21 @@ def test_ctrl_c_keeps_what_was_trained_and_takes_an_earlier_runs_results_away(tm
     assert read(tmp_path, "config.json")["finished"] is False
     assert load_run(tmp_path).parameters[0].norm() > 0
     assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("name, template, said", [
+    ("gpt2", None, "tokens, but max_position_embeddings is 96"),
+    ("qwen3", "{{ raise_exception('no chats') }}", "no chats"),
+])
+def test_chats_that_the_model_cannot_take_end_in_one_line(saved, tmp_path, name, template, said):
+    model, chats = tmp_path / "model", tmp_path / "chats.jsonl"
+    shutil.copytree(saved(name).folder, model)
+    shutil.copy(ROOT / "tiny" / "tokenizer.json", model)
+    if template:
+        (model / "chat_template.jinja").write_text(template)
+    chat = [{"role": "user", "content": "How far? " * 100}, {"role": "assistant", "content": "A"}]
+    chats.write_text(json.dumps({"messages": chat}))
+    flags = "--model", model, "--data", chats, "--task", "risk", "--out", tmp_path / "run"
+    status, _, err = command("train.py", *flags)
+    assert status == 2 and str(chats) in error_line(err) and said in err
+    assert not (tmp_path / "run").exists()
