@@ -1,9 +1,8 @@
 """One decoder for GPT-2, Llama, Qwen 2 and 3, Gemma 2 and 3, read straight from a Hugging Face checkpoint.
 
-The families differ in few places, and each difference is a field of Config. Shapes: B rows, T columns, d
-hidden_size, H query heads, K key/value heads, D head_dim; N nodes of a prefix tree (data.py), in which what
-several texts begin with is there once. Linear layers and norms work on (N, d) as on (B, T, d): only attention
-has to know which node follows which, and lays the nodes out as texts while it works.
+Each difference between them is a field of Config. Shapes: B rows, T columns, d hidden_size, H query heads, K
+key/value heads, D head_dim; N nodes of a prefix tree (data.py), where what texts share is there once. Linear
+layers and norms work on (N, d) as on (B, T, d); attention lays the nodes out as texts.
 """
 import json
 import math
@@ -28,23 +27,28 @@ FAMILIES = {
                  tie_word_embeddings=True, hidden_act="gelu_new", rms_norm_eps=1e-5,
                  max_position_embeddings=1024),
     "llama": dict(),
-    "qwen2": dict(attention_bias=True, attention_out_bias=False),
+    "qwen2": dict(attention_bias=True),
     "qwen3": dict(qk_norm=True, head_dim=128),
     "gemma2": dict(GEMMA, global_every=2, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
     "gemma3_text": GEMMA3,
     "gemma3": GEMMA3,  # of which only the text part is read
 }
+# Config's fields that no file sets, and those that only Gemma's may set.
+STRUCTURE = "model_type norm gated_mlp learned_positions post_norms qk_norm scale_embedding "
+GEMMA_ONLY = """layer_types global_every sliding_window query_pre_attn_scalar rope_local_base_freq
+    attn_logit_softcapping final_logit_softcapping"""
 OTHER_NAMES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
                "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
                "layer_norm_epsilon": "rms_norm_eps", "activation_function": "hidden_act",  # so far GPT-2
                "hidden_activation": "hidden_act", "sliding_window_pattern": "global_every"}  # Gemma
-# Switches that would change the result; and fields where null means "none", not "the default".
-REFUSED = ("quantization_config", "use_sliding_window", "use_bidirectional_attention",
-           "scale_attn_by_inverse_layer_idx")
+# Switches that would change the result, with our setting; and fields whose null means "none".
+SWITCHES = {"quantization_config": None, "use_sliding_window": False, "partial_rotary_factor": 1.0,
+            "use_bidirectional_attention": False, "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False}
 NULLABLE = "attn_logit_softcapping", "final_logit_softcapping", "sliding_window"
 gelu_tanh = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_new": gelu_tanh, "gelu_pytorch_tanh": gelu_tanh}
-ROPES = {"default": (), "linear": ("factor",),  # and the fields that each needs
+ROPES = {"default": (), "linear": ("factor",),  # with what each needs
          "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 
 def require(condition, message):
@@ -53,92 +57,99 @@ def require(condition, message):
 
 @dataclass
 class Config:
-    """The shape of a decoder, in config.json's names where it has one."""
+    """The shape of a decoder, in config.json's names."""
     model_type: str
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
     intermediate_size: int | None = None  # GPT-2: 4 * hidden_size
-    num_key_value_heads: int | None = None  # fewer than the query heads: grouped-query attention
-    head_dim: int | None = None  # Qwen 3, Gemma: need not be hidden_size / num_attention_heads
+    num_key_value_heads: int | None = None  # fewer than heads: grouped-query attention
+    head_dim: int | None = None  # hidden_size / num_attention_heads
     max_position_embeddings: int = 2048  # a limit only with learned positions
-    tie_word_embeddings: bool = False  # lm_head is the embedding: GPT-2, Gemma, small Llamas and Qwens
-    hidden_act: str = "silu"  # GPT-2, Gemma: gelu
+    tie_word_embeddings: bool = False  # lm_head is the embedding
+    hidden_act: str = "silu"
     gated_mlp: bool = True  # all but GPT-2
     norm: str = "rms"  # "rms_plus_one": Gemma; "layer": GPT-2
     rms_norm_eps: float = 1e-6
-    post_norms: bool = False  # Gemma: also norm what attention and MLP add
-    qk_norm: bool = False  # Qwen 3, Gemma 3: norm each query and key head
-    attention_bias: bool = False  # on q, k, v: GPT-2, Qwen 2
-    attention_out_bias: bool | None = None  # on o: GPT-2
+    post_norms: bool = False  # Gemma: of what attention and MLP add
+    qk_norm: bool = False  # Qwen 3, Gemma 3: of each query and key head
+    attention_bias: bool = False  # GPT-2; Qwen 2 on q, k and v only
     mlp_bias: bool = False  # GPT-2
     learned_positions: bool = False  # GPT-2; all others: rope
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # Llama 3.1 and later ("llama3"), Gemma 3 ("linear")
-    rope_local_base_freq: float | None = None  # Gemma 3: rope_theta of the sliding layers, which do not scale
-    layer_types: list | None = None  # of "full_attention" or, in Gemma only, "sliding_attention"
-    global_every: int = 1  # without layer_types: every so-manieth layer has full attention
-    sliding_window: int | None = None  # Gemma: tokens that a sliding layer sees, the current one included
-    query_pre_attn_scalar: float | None = None  # Gemma: scores are scaled by this ** -0.5, not D ** -0.5
+    rope_scaling: dict | None = None  # Llama 3.1 ("llama3"), Gemma 3 ("linear")
+    rope_local_base_freq: float | None = None  # Gemma 3: rope_theta of the sliding layers, unscaled
+    layer_types: list | None = None  # of "full_attention" or, in Gemma, "sliding_attention"
+    global_every: int = 1  # if it has none: every so-manieth layer is full
+    sliding_window: int | None = None  # Gemma: tokens that a sliding layer sees, itself included
+    query_pre_attn_scalar: float | None = None  # Gemma: scales scores by this ** -0.5, not D ** -0.5
     attn_logit_softcapping: float | None = None  # Gemma 2: scores become cap * tanh(scores / cap)
-    final_logit_softcapping: float | None = None  # Gemma 2: and so do the logits
+    final_logit_softcapping: float | None = None  # and logits
     scale_embedding: bool = False  # Gemma: embeddings times sqrt(d)
 
     def __post_init__(self):
-        """Checks each field against its type above (ValueError names one at fault); fills in what follows."""
+        """Checks each field's type and range; fills in what follows."""
         for field in fields(self):
             value = getattr(self, field.name)
             kind = field.type | int if field.type in (float, float | None) else field.type
             good = isinstance(value, kind) and (type(value) is not bool or field.type in (bool, bool | None))
-            good &= type(value) not in (int, float) or 0 < value < 2 ** 53  # in none of them 0 means anything
+            limit = 1000 if field.name == "num_hidden_layers" else 2 ** 53
+            good &= type(value) not in (int, float) or 0 < value < limit
             kind = getattr(field.type, "__name__", field.type)
-            require(good, f"{field.name} must be of type {kind} and, if a number, above 0, not {value!r}")
+            require(good, f"{field.name} must be {kind}, a number above 0 and below {limit}, not {value!r}")
         layers, heads = range(1, self.num_hidden_layers + 1), self.num_attention_heads
         self.num_key_value_heads = self.num_key_value_heads or heads
         self.head_dim = self.head_dim or self.hidden_size // heads
-        if self.attention_out_bias is None:
-            self.attention_out_bias = self.attention_bias
         if self.intermediate_size is None and self.model_type == "gpt2":
             self.intermediate_size = 4 * self.hidden_size
         if self.layer_types is None:
             self.layer_types = [f"{'sliding' if i % self.global_every else 'full'}_attention" for i in layers]
-        require(self.intermediate_size, "intermediate_size is missing")
         act, groups, types = self.hidden_act, self.num_key_value_heads, self.layer_types
+        require(self.intermediate_size, "intermediate_size is missing")
+        require(self.head_dim % 2 == 0 < self.head_dim, f"head_dim must be even, not {self.head_dim}")
         require(act in ACTIVATIONS, f"hidden_act {act!r} is not among {[*ACTIVATIONS]}")
         require(heads % groups == 0, f"num_key_value_heads {groups} must divide {heads} heads")
-        require(len(types) == len(layers) and {*types} <= {"full_attention", "sliding_attention"},
-                f"layer_types must be full_attention or sliding_attention for each layer, not {types}")
+        known = "full_attention", "sliding_attention"
+        require(len(types) == len(layers) and all(kind in known for kind in types),
+                f"layer_types must be {' or '.join(known)} for each layer, not {types}")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Config":
-        """Reads folder/config.json, in the hub's usual spelling or transformers 5's."""
+        """Reads folder/config.json, in the hub's spelling or transformers 5's."""
         return cls.from_dict(dict(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))))
 
     @classmethod
     def from_dict(cls, raw: dict) -> "Config":
-        """The same from the content of a config.json. ValueError names a field that is not supported."""
+        """The same from its content. ValueError names a field that is not supported."""
         kind = raw.get("model_type")
         require(kind in FAMILIES, f"model_type {kind!r} is not among {[*FAMILIES]}")
-        raw = {**raw, **(raw.get("text_config") or {})}  # gemma3's section on its text part
-        for name in REFUSED:
-            require(not raw.get(name), f"{name} is set, which is not supported")
-        raw = {OTHER_NAMES.get(name, name): value for name, value in {**raw, **read_rope(raw)}.items()}
-        names = [field.name for field in fields(cls)]
-        given = {k: v for k, v in raw.items() if k in names and (v is not None or k in NULLABLE)}
-        return cls(**{**FAMILIES[kind], **given, "model_type": kind})  # its TypeError names what is missing
+        raw = {**raw, **(raw.get("text_config") or {})} if kind == "gemma3" else dict(raw)
+        unread = {"gemma2": "rope_local_base_freq", "gemma3": "attn_logit_softcapping"}
+        unread = STRUCTURE + unread.get(kind.removesuffix("_text"), GEMMA_ONLY)
+        reads, given = {field.name for field in fields(cls)} - {*unread.split()}, {}
+        for name, value in [*read_rope(raw), *raw.items()]:
+            ours, setting = OTHER_NAMES.get(name, name), SWITCHES.get(name, value)
+            require(value in (None, setting), f"{name} must be {setting}, not {value}")
+            if ours in reads and (value is not None or ours in NULLABLE):
+                other = given.setdefault(ours, value)
+                require(value == other, f"{ours} is given twice, as {other} and {value}")
+        return cls(model_type=kind, **{**FAMILIES[kind], **given})  # its TypeError names what is missing
 
 def read_rope(raw):
-    """Config's three rope fields, from the hub's spelling or from transformers 5's rope_parameters."""
-    new = raw.get("rope_parameters") or {}  # Gemma 3 has one for each layer type
-    local = new.get("sliding_attention") or {}
-    scaling = new.get("full_attention", new) or raw.get("rope_scaling") or {}
+    """Config's rope fields, from the hub's rope_scaling or transformers 5's rope_parameters."""
+    old, new = raw.pop("rope_scaling", None) or {}, raw.get("rope_parameters") or {}  # Gemma 3: two of these
+    require(not (old and new), "rope_scaling and rope_parameters are both given")
+    local, scaling = new.get("sliding_attention") or {}, old or new.get("full_attention", new)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     require(kind in ROPES, f"rope scaling {kind!r} is not among {[*ROPES]}")
-    used = {"rope_type": kind, **{name: float(scaling[name]) for name in ROPES[kind]}}
-    return {"rope_theta": scaling.get("rope_theta", raw.get("rope_theta")),
-            "rope_scaling": used if ROPES[kind] else None,
-            "rope_local_base_freq": local.get("rope_theta", raw.get("rope_local_base_freq"))}
+    require(local.get("rope_type", "default") == "default", "sliding_attention must have the default rope")
+    used = {name: float(scaling[name]) for name in ROPES[kind]}
+    good = used.get("low_freq_factor", 0) < used.get("high_freq_factor", 1)
+    require(good and all(0 < x < math.inf for x in used.values()), f"rope scaling {used} is out of range")
+    return [("rope_scaling", {"rope_type": kind, **used} if used else None),
+            ("rope_theta", scaling.get("rope_theta")), ("rope_local_base_freq", local.get("rope_theta")),
+            ("partial_rotary_factor", scaling.get("partial_rotary_factor"))]
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
@@ -157,8 +168,7 @@ def make_norm(config, size):
 
 def make_rope(config, layer_type, positions, dtype):
     """cos and sin, (T, 1, D) each, of rotary position embedding (Su et al. 2021, arXiv 2104.09864) at
-    positions (T,): pair i of a head's elements, i and i + D/2, turns by the angle position * theta ** (-2 i /
-    D)."""
+    positions (T,): elements i and i + D/2 of a head turn by the angle position * theta ** (-2 i / D)."""
     theta, scaling = config.rope_theta, config.rope_scaling
     if layer_type == "sliding_attention" and config.rope_local_base_freq is not None:
         theta, scaling = config.rope_local_base_freq, None
@@ -179,7 +189,7 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 def make_mask(config, layer_type, T, device):
-    """Which of T tokens (columns) each of them (rows) sees: (T, T) bool, or None: just causal."""
+    """Which of T tokens (columns) each (row) sees: (T, T) bool, or None: just causal."""
     window = config.sliding_window if layer_type == "sliding_attention" else None
     slides = window is not None and T > window
     if not slides and config.attn_logit_softcapping is None:
@@ -188,12 +198,9 @@ def make_mask(config, layer_type, T, device):
     return seen.triu(1 - window) if slides else seen
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries (Ainslie et al. 2023, arXiv 2305.13245).
-
-    x is (B, T, d), or (N, d) with the tree whose nodes these are. A tree's rows are padded at the end, where
-    no real token looks, so neither form needs a mask for padding. wanted (W,): only these nodes come out, (W,
-    d).
-    """
+    """Causal self-attention with grouped queries (Ainslie et al. 2023, arXiv 2305.13245) of x (B, T, d), or
+    (N, d) with its tree, whose rows are padded at the end, where no real token looks. wanted (W,): only these
+    nodes come out, (W, d)."""
     def __init__(self, config):
         super().__init__()
         d, D = config.hidden_size, config.head_dim
@@ -203,7 +210,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(d, H * D, bias=config.attention_bias)
         self.k_proj = nn.Linear(d, K * D, bias=config.attention_bias)
         self.v_proj = nn.Linear(d, K * D, bias=config.attention_bias)
-        self.o_proj = nn.Linear(H * D, d, bias=config.attention_out_bias)
+        self.o_proj = nn.Linear(H * D, d, bias=config.attention_bias and config.model_type != "qwen2")
         self.q_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
 
@@ -216,15 +223,13 @@ class Attention(nn.Module):
         if tree is not None:  # F.embedding is plain indexing whose backward pass is fast on a CPU
             q, k, v = (F.embedding(tree.rows, y.flatten(1)).unflatten(-1, y.shape[1:]) for y in (q, k, v))
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or K, T, D)
-        if mask is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
-        else:  # the fast kernels that take a mask need as many key heads as query heads
+        if self.softcap is None:
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=self.scale,
+                                               enable_gqa=True)
+        else:  # which no kernel does
             k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], dim=1) for heads in (k, v))
-            if self.softcap is None:
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
-            else:  # which no kernel does
-                scores = self.softcap * torch.tanh(q @ k.mT * self.scale / self.softcap)
-                y = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+            scores = self.softcap * torch.tanh(q @ k.mT * self.scale / self.softcap)
+            y = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
         y = y.transpose(1, 2).flatten(2)  # (B, T, H * D)
         if tree is not None:
             places = tree.places if wanted is None else tree.places[wanted]
@@ -247,7 +252,7 @@ class MLP(nn.Module):
         return self.down_proj(inner)
 
 class Block(nn.Module):
-    """One layer: residual stream in, the same plus attention's and the MLP's output out (see Attention)."""
+    """Adds attention's and the MLP's output to the residual stream (see Attention)."""
     def __init__(self, config):
         super().__init__()
         self.self_attn, self.mlp = Attention(config), MLP(config)
@@ -269,8 +274,8 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))  # a misnomer of Llama's: the MLP's input norm
 
 class GPT(nn.Module):
-    """The decoder: GPT(config) has random weights, GPT.from_pretrained(name_or_dir) those of a checkpoint."""
-    steering = None  # the slot for a steering vector between two blocks: see steer.attach
+    """The decoder: GPT(config) has random weights, GPT.from_pretrained(name_or_dir) a checkpoint's."""
+    steering = None  # the slot for a steering vector: see steer.attach
     sharded = False  # are the blocks split over several processes?
 
     def __init__(self, config):
@@ -282,11 +287,6 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = make_norm(config, config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -296,39 +296,36 @@ class GPT(nn.Module):
 
     def embed(self, tokens, tree=None):
         """The residual stream (B, T, d) or (N, d) before layer 0; ValueError beyond the last position."""
-        x, config = self.embed_tokens(tokens), self.config
-        if config.scale_embedding:  # rounded as in Gemma's training: sqrt(3584) = 59.87 is 59.75 in bfloat16
+        config, top = self.config, tokens.max().item()
+        require(top < config.vocab_size, f"token {top} is beyond the embedding's {config.vocab_size}")
+        x = self.embed_tokens(tokens)
+        if config.scale_embedding:  # rounded: sqrt(3584) = 59.87 is 59.75 in bfloat16
             x = x * torch.tensor(config.hidden_size ** 0.5, dtype=x.dtype)
         if config.learned_positions:
-            positions, limit = self.positions(x, tree), config.max_position_embeddings
-            length = positions.max().item() + 1
+            positions = torch.arange(x.shape[1], device=x.device) if tree is None else tree.positions
+            length, limit = positions.max().item() + 1, config.max_position_embeddings
             require(length <= limit, f"a text has {length} tokens, but max_position_embeddings is {limit}")
             x = x + self.embed_positions(positions)
         return x
 
-    def positions(self, x, tree):
-        """Each token's place in its text, from 0: (N,) of a tree's nodes, else (T,), alike for every row."""
-        return torch.arange(x.shape[1], device=x.device) if tree is None else tree.positions
-
     def run_blocks(self, x, first=0, last=None, tree=None, wanted=None):
-        """Runs blocks first to last - 1 on x, (B, T, d) or a tree's (N, d), the residual stream before
-        `first`.
+        """Runs blocks first to last - 1 (None: all that follow) on x, (B, T, d) or a tree's (N, d).
 
         A steering vector of layer L is added on the way from block L to L + 1: run_blocks(x, 0, L + 1) ends
-        before it, and run_blocks(x, L + 1) begins with it. With last=None all that follow run, up to the
-        final norm. wanted (W,): the nodes whose logits are wanted. Nothing reads what the last block makes of
-        the others, so it is not computed, and (W, d) comes out.
+        before it, run_blocks(x, L + 1) begins with it. wanted (W,): the nodes whose logits are wanted;
+        nothing reads what the last block makes of the others, so (W, d) comes out.
         """
-        count, positions = len(self.layers), self.positions(x, tree)
+        count, config = len(self.layers), self.config
         T, steered = (x.shape[1], None) if tree is None else (tree.rows.shape[1], tree.steered)
+        positions = torch.arange(T, device=x.device) if tree is None else tree.positions
         rope_and_mask = {}  # all layers of one type share them
-        for kind in set(self.config.layer_types):
-            rope = None if self.config.learned_positions else make_rope(self.config, kind, positions, x.dtype)
-            rope_and_mask[kind] = rope, make_mask(self.config, kind, T, x.device)
+        for kind in set(config.layer_types):
+            rope = None if config.learned_positions else make_rope(config, kind, positions, x.dtype)
+            rope_and_mask[kind] = rope, make_mask(config, kind, T, x.device)
         for i in range(first, count if last is None else last):
             x = self.steer(x, i - 1, steered)
             only = wanted if i == count - 1 else None
-            x = self.layers[i](x, *rope_and_mask[self.config.layer_types[i]], tree, only)
+            x = self.layers[i](x, *rope_and_mask[config.layer_types[i]], tree, only)
         if last is not None:
             return x
         if wanted is not None:
@@ -347,8 +344,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, temperature=0.0):
-        """Continues tokens (B, T) to (B, T + max_new_tokens); greedy at temperature 0, else sampled. All is
-        computed again for each token: simple, and fast enough for a few words."""
+        """Continues tokens (B, T) to (B, T + max_new_tokens); greedy at temperature 0, else sampled."""
         for _ in range(max_new_tokens):
             logits = self(tokens)[:, -1]  # (B, vocab_size)
             new = logits.argmax(-1, keepdim=True)
@@ -359,26 +355,31 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_dir, device="cpu", dtype=torch.float32, shard=False) -> "GPT":
-        """The model of a checkpoint folder or hub name ("tiny": the bundled one), frozen, in eval mode.
-        shard: the processes that torchrun started split every block between them."""
+        """The frozen model of a checkpoint folder or hub name ("tiny": the bundled one). shard: torchrun's
+        processes split its blocks."""
         folder = find_checkpoint(name_or_dir)
         config = Config.from_pretrained(folder)
-        with torch.device("meta"):  # shapes without memory
+        with torch.device("meta"):
             model = cls(config)
         tensors, home = {}, "cpu" if shard else device
-        for name, tensor in read_tensors(folder):  # mapped from the file: memory never holds all twice
+        for name, tensor in read_tensors(folder):  # mapped from the file: never all in memory twice
             require(name not in tensors, f"tensor {name} comes twice")
+            require(tensor.is_floating_point(), f"tensor {name} should hold real numbers")
             tensors[name] = tensor.to(home, dtype, copy=not shard).contiguous()
-        if config.tie_word_embeddings and "embed_tokens.weight" in tensors:  # some files hold it all the same
-            tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
-        model.load_state_dict(tensors, assign=True)  # names what is missing, unexpected or of another shape
+            finite = all(bound.isfinite() for bound in tensors[name].aminmax())  # a NaN is both
+            require(finite, f"tensor {name} should be finite")
+        embedding = tensors.get("embed_tokens.weight")
+        if config.tie_word_embeddings and embedding is not None:
+            head = tensors.setdefault("lm_head.weight", embedding)  # some files hold it all the same
+            require(torch.equal(head, embedding), "tie_word_embeddings, but lm_head.weight is another")
+        model.load_state_dict(tensors, assign=True)  # names what is missing, unexpected or misshapen
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
         model.requires_grad_(False).eval()
         return model.shard_blocks(device) if shard else model
 
     def shard_blocks(self, device):
-        """FSDP2: each process keeps a part of every block, and they put one block together while it runs."""
+        """FSDP2: each process keeps a part of every block, put together while it runs."""
         import torch.distributed as dist  # these imports take a second
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -396,18 +397,26 @@ OUR_NAMES = {r"^(language_model\.model|model\.language_model|language_model|tran
              r"\.mlp\.c_fc": ".mlp.up_proj", r"\.mlp\.c_proj": ".mlp.down_proj"}
 
 def read_tensors(folder):
-    """Yields (our name, tensor) for each tensor in a checkpoint's safetensors files (never pickles)."""
-    files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-    if not (folder / files[0]).exists() and index.exists():
-        files = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    for name in files:
-        with safe_open(folder / name, framework="pt") as file:
-            for key in file.keys():
-                if not UNUSED.search(key):
-                    yield from translate(key, file.get_tensor(key))
+    """Yields (our name, tensor) for each tensor in a checkpoint's safetensors files."""
+    places, index = {}, folder / "model.safetensors.index.json"
+    if not (folder / "model.safetensors").exists() and index.exists():
+        places = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
+        good = isinstance(places, dict) and all(name == Path(str(name)).name for name in places.values())
+        require(good, f"{index.name}: weight_map should name each tensor's file, in the same folder")
+    missing = {*places}
+    for name in sorted({*places.values()}) or ["model.safetensors"]:
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                for key in file.keys():
+                    missing.discard(key)
+                    if not UNUSED.search(key):
+                        yield from translate(key, file.get_tensor(key))
+        except Exception as error:
+            raise ValueError(f"{name}: {error}") from None
+    require(not missing, f"{index.name}: no file holds {min(missing, default='')}")
 
 def translate(key, tensor):
-    """[(our name, tensor)] of a checkpoint's tensor: three of them for GPT-2's fused q, k and v, else one."""
+    """[(our name, tensor)] of a checkpoint's tensor: three for GPT-2's fused q, k and v."""
     name = key
     for theirs, ours in OUR_NAMES.items():
         name = re.sub(theirs, ours, name)
@@ -418,13 +427,13 @@ def translate(key, tensor):
     return [(name.replace("qkv", letter), part) for letter, part in zip("qkv", tensor.chunk(3))]
 
 def find_checkpoint(name_or_dir: str | Path) -> Path:
-    """The folder of "tiny", a folder as it is, or a hub model's, downloaded unless the hub's cache has it."""
+    """The folder of "tiny", a folder as it is, or a hub model's, downloaded unless in the cache."""
     folder = Path(__file__).parent / "tiny" if name_or_dir == "tiny" else Path(name_or_dir).expanduser()
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
     try:
-        wanted = ["*.json", "*.jinja", "*.safetensors"]  # no pickles, and nothing from subfolders
+        wanted = ["*.json", "*.jinja", "*.safetensors"]  # no pickles, no subfolders
         return Path(snapshot_download(str(name_or_dir), allow_patterns=wanted, ignore_patterns="*/*"))
     except Exception as error:  # no such name, gated, offline, the network's
         raise ValueError(f"no such folder, and from the hub {type(error).__name__}: {error}") from None

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from conftest import SIZE, WINDOW
+from conftest import WINDOW
 from safetensors.torch import load_file, save_file
 
 from eval import UserError, load_model
@@ -56,7 +56,7 @@ def test_bfloat16_files_in_shards_equal_transformers(family, tmp_path):
 def test_attention_takes_a_mask_only_in_sliding_layers_whose_window_is_too_short(saved, monkeypatch):
     masks, attend = [], torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *args, **options: (
-        masks.append(options.get("attn_mask") is not None) or attend(*args, **options)))
+        masks.append(args[3] is not None) or attend(*args, **options)))
     model = saved("gemma3_text").load()  # whose last layer of six does not slide
     model(random_tokens(WINDOW))
     model(random_tokens(WINDOW + 1))
@@ -72,13 +72,6 @@ def test_loaded_parameters_are_frozen_and_of_the_dtype_asked_for(saved):
     model = saved("llama").load(dtype=torch.bfloat16)
     assert not model.training
     assert all(p.dtype == torch.bfloat16 and not p.requires_grad for p in model.parameters())
-
-
-def test_a_new_model_is_float32_with_std_002_and_identity_norms():
-    model = GPT(Config.from_dict(dict(SIZE, model_type="llama")))
-    assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
-    assert abs(model.embed_tokens.weight.std() - 0.02) < 0.002
-    assert (model.norm.weight == 1).all()
 
 
 def copy_checkpoint(family, folder):
@@ -167,6 +160,58 @@ def assert_refused(folder, *words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name, fields", [
+    ("llama", {"sliding_window": 4, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 3.0, "qk_norm": True,
+               "final_logit_softcapping": 2.0, "post_norms": True, "norm": "layer", "scale_embedding": True}),
+    ("qwen3", {"layer_types": ["full_attention"] * 2, "sliding_window": 4, "rope_local_base_freq": 5.0}),
+    ("gemma3_text", {"attn_logit_softcapping": 3.0, "norm": "layer", "learned_positions": True}),
+    ("gpt2", {"rope_theta": 5.0, "qk_norm": True, "gated_mlp": True, "sliding_window": 4})])
+def test_a_field_that_the_family_does_not_read_changes_nothing(name, fields, saved, tmp_path):
+    edit_config(copy_checkpoint(saved(name), tmp_path), lambda raw: raw.update(fields))
+    assert_same_logits(GPT.from_pretrained(tmp_path)(random_tokens()), saved(name).logits(random_tokens()))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert_same_logits(theirs(random_tokens()).logits, saved(name).logits(random_tokens()))
+
+
+def test_a_sliding_layer_of_a_family_without_them_is_full(saved, tmp_path):
+    fields = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 4}
+    edit_config(copy_checkpoint(saved("llama"), tmp_path), lambda raw: raw.update(fields))
+    assert_same_logits(GPT.from_pretrained(tmp_path)(random_tokens()), saved("llama").logits(random_tokens()))
+
+
+BAD_FIELDS = [  # family, fields to set, what the error must name
+    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights must be True"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx must be False"),
+    ("gpt2", {"n_layer": 3, "num_hidden_layers": 2}, "num_hidden_layers is given twice"),
+    ("qwen2", {"use_sliding_window": True}, "use_sliding_window must be False"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ("llama", {"rope_theta": 5.0}, "rope_theta is given twice"),
+    ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling and rope_parameters"),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0}}, "out of range"),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": float("nan")}}, "out of range"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 2, "original_max_position_embeddings": 8,
+                                   "low_freq_factor": 4, "high_freq_factor": 4}}, "out of range"),
+    ("llama", {"head_dim": 7}, "head_dim must be even"),
+    ("llama", {"num_hidden_layers": 10 ** 9}, "num_hidden_layers"),
+    ("llama", {"hidden_size": 2.5}, "hidden_size must be int"), ("llama", {"hidden_size": True}, "hidden_size"),
+    ("llama", {"hidden_size": -32}, "hidden_size"), ("llama", {"hidden_size": "32"}, "hidden_size must be int"),
+    ("llama", {"rms_norm_eps": float("inf")}, "rms_norm_eps"), ("llama", {"tie_word_embeddings": "no"}, "tie_word"),
+    ("gemma2", {"hidden_act": "silu"}, "hidden_act is given twice"),
+    ("gemma2", {"layer_types": [["full_attention"]] * 4}, "layer_types"),
+    ("gemma2", {"layer_types": 2}, "layer_types"),
+    ("gemma2", {"layer_types": ["full_attention", "linear_attention"] * 2}, "linear_attention"),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention must be False"),
+    ("gemma3_text", {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+     "sliding_attention must have the default rope")]
+
+
+@pytest.mark.parametrize("name, fields, said", BAD_FIELDS)
+def test_a_config_for_another_arithmetic_or_of_the_wrong_type_is_refused(name, fields, said, saved, tmp_path):
+    edit_config(copy_checkpoint(saved(name), tmp_path), lambda raw: raw.update(fields))
+    assert_refused(tmp_path, "config.json", said)
+
+
 BAD_CONFIGS = {  # fields to set (None: take away), and what the error must name
     "another family": ({"model_type": "mamba"}, ["mamba", "qwen3", "gemma3"]),
     "no width": ({"hidden_size": None}, ["hidden_size"]),
@@ -175,8 +220,6 @@ BAD_CONFIGS = {  # fields to set (None: take away), and what the error must name
     "rope type": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ["yarn", "llama3"]),
     "rope field": ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, ["low_freq_factor"]),
     "activation": ({"hidden_act": "mish"}, ["hidden_act", "mish", "silu"]),
-    "layer types": ({"layer_types": ["full_attention", "linear_attention"]}, ["linear_attention"]),
-    "layers of another type": ({"layer_types": 2}, ["layer_types"]),
     "heads": ({"num_key_value_heads": 3}, ["num_key_value_heads", "3"]),
     "quantized": ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
 }
@@ -207,6 +250,10 @@ BAD_WEIGHTS = {  # what to change, and what the error must name
     "one layer too many": (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(48, 32)}),
                            ["layers.2.mlp.up_proj"]),
     "a name twice": (lambda t: t.update({"norm.weight": torch.zeros(32)}), ["norm.weight"]),
+    **{f"of {dtype}": (lambda t, dtype=dtype: t.update({"model." + K_PROJ: t["model." + K_PROJ].to(dtype)}), [K_PROJ])
+       for dtype in (torch.int8, torch.bool, torch.complex64)},
+    **{f"with {value}": (lambda t, value=value: t["model." + K_PROJ][0].fill_(value), [K_PROJ, "finite"])
+       for value in (float("nan"), float("inf"))},
 }
 
 
@@ -215,6 +262,35 @@ def test_bad_tensors_are_refused_by_name(name, saved, tmp_path):
     change, words = BAD_WEIGHTS[name]
     edit_weights(copy_checkpoint(saved("llama"), tmp_path), change)
     assert_refused(tmp_path, *words)
+
+
+def test_a_tied_unembedding_that_the_file_holds_as_another_is_refused(saved, tmp_path):
+    edit_weights(copy_checkpoint(saved("qwen3"), tmp_path), lambda t: t.update(
+        {"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    assert_refused(tmp_path, "tie_word_embeddings", "lm_head.weight")
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/model.safetensors", "sub/model.safetensors", 3, None])
+def test_an_index_that_leads_out_of_the_folder_is_refused(name, saved, tmp_path):
+    copy_checkpoint(saved("llama"), tmp_path / "in")
+    (tmp_path / "in" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    index = {"weight_map": {"model.norm.weight": name}}
+    (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_refused(tmp_path / "in", "model.safetensors.index.json")
+
+
+def test_a_weight_map_with_a_tensor_that_no_file_holds_is_refused(saved, tmp_path):
+    saved("llama").theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.layers.0.extra"] = next(iter(index["weight_map"].values()))
+    path.write_text(json.dumps(index))
+    assert_refused(tmp_path, path.name, "model.layers.0.extra")
+
+
+def test_a_token_beyond_the_embedding_is_refused(saved):
+    with pytest.raises(ValueError, match="token 97 is beyond the embedding's 97"):
+        saved("llama").load()(torch.tensor([[1, 97]]))
 
 
 @pytest.mark.parametrize("keep", [0, 300, -1])
