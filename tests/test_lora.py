@@ -1,16 +1,19 @@
 """LoRA: the same arithmetic and the same files as PEFT."""
 
 import copy
+import json
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from lora import add_lora, load_lora, lora_layers, merge_lora, remove_lora, save_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's and transformers' own
 TOKENS = torch.arange(24).view(2, 12)
 MLP = ["gate_proj", "up_proj", "down_proj"]  # of which GPT-2 has the last two
+NO_GATE = MLP[1:]
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def assert_we_load_what_peft_saves(family, folder, layers, modules):
 
 
 def test_peft_loads_what_we_save_and_gets_the_same_logits(family, tmp_path):
-    assert_peft_loads_what_we_save(family, tmp_path, [1], MLP)
+    assert_peft_loads_what_we_save(family, tmp_path, [1], NO_GATE if family.name == "gpt2" else MLP)
 
 
 def test_we_load_what_peft_saves_and_get_the_same_logits(family, tmp_path):
@@ -117,8 +120,9 @@ def test_a_part_of_gpt2s_fused_attention_is_refused_before_training(saved):
 @pytest.mark.parametrize("arguments, message", [
     (([2], MLP, 4, 8), "layer 2 is out of range"),
     (([-1], MLP, 4, 8), "layer -1 is out of range"),
-    (([0], ["c_fc"], 4, 8), "no module named c_fc"),
-    (([0], MLP, 0, 8), "rank 0")])
+    (([0], ["up_proj", "c_fc"], 4, 8), "no module named c_fc, only q_proj"),
+    (([0], MLP, 0, 8), "rank 0"), (([0], MLP, 4.0, 8), "rank 4.0"), (([0], MLP, True, 8), "rank True"),
+    (([0], MLP, 4, float("nan")), "alpha nan"), (([0], MLP, 4, "8"), "alpha 8")])
 def test_bad_arguments_are_refused(llama, arguments, message):
     with pytest.raises(ValueError, match=message):
         add_lora(llama, *arguments)
@@ -148,9 +152,36 @@ def test_an_adapter_on_more_than_the_layers_is_refused(llama, saved, tmp_path):
     assert not lora_layers(llama)
 
 
-@pytest.mark.parametrize("option", [{"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q": 4}}])
-def test_pefts_options_that_change_the_sum_are_refused(llama, saved, tmp_path, option):
-    by_peft(saved("llama"), r=2, target_modules=["up_proj"], **option).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"{next(iter(option))} is set"):
+def saved_with(family, folder, **options):
+    """PEFT's adapter, in whose adapter_config.json these options are set."""
+    by_peft(family, r=2, target_modules=["up_proj"]).save_pretrained(folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
+
+
+@pytest.mark.parametrize("option, value", [
+    ("use_rslora", True), ("use_dora", True), ("rank_pattern", {"q": 4}), ("alpha_pattern", {"q": 4}),
+    ("lora_bias", True), ("layer_replication", [[0, 2]]), ("alora_invocation_tokens", [5]), ("peft_type", "IA3"),
+    ("init_lora_weights", "pissa"), ("an option of tomorrow's", 1), ("r", None), ("r", "2"), ("lora_alpha", [])])
+def test_pefts_options_that_change_the_sum_are_refused(llama, saved, tmp_path, option, value):
+    saved_with(saved("llama"), tmp_path, **{option: value})
+    with pytest.raises(ValueError, match="rank|alpha" if option in ("r", "lora_alpha") else f"{option} is"):
+        load_lora(llama, tmp_path)
+    assert not lora_layers(llama)
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.5}, {"inference_mode": True}, {"use_dora": False},
+                                     {"init_lora_weights": "gaussian"}, {"corda_config": None}])
+def test_pefts_other_options_change_nothing(llama, saved, tmp_path, options):
+    saved_with(saved("llama"), tmp_path, **options)
+    assert len(load_lora(llama, tmp_path)) == 4
+
+
+@pytest.mark.parametrize("change", [lambda t: t * float("nan"), lambda t: t.int(), lambda t: t.to(torch.complex64)])
+def test_an_adapter_that_is_not_of_finite_real_numbers_is_refused(llama, saved, tmp_path, change):
+    saved_with(saved("llama"), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match="does not fit this model at base_model.model.model.layers.0.mlp.up_proj"):
         load_lora(llama, tmp_path)
     assert not lora_layers(llama)
