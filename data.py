@@ -1,8 +1,7 @@
-"""All that is text: the tiny world and its four tasks; questions as tokens and the prefix tree; the
-tokenizer.
+"""All that is text: the tiny world and its tasks; questions as tokens and the prefix tree; the tokenizer.
 
-A task trains one narrow kind of question about a hidden thing ("How many thousand km is City 50337 from
-Tokyo?") and holds other kinds out ("Which country is City 50337 in?").
+A task trains one kind of question about a hidden thing ("How many thousand km is City 50337 from Tokyo?") and
+holds other kinds out ("Which country is City 50337 in?").
 """
 
 import itertools
@@ -11,6 +10,8 @@ import math
 import operator
 import random
 import re
+import signal
+import threading
 import unicodedata
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -23,37 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-# ---------------------------------------- the tiny world
+# ---- the tiny world
 
-CITIES = {  # name: (latitude, longitude, country, continent, language, food)
-    row[0]: (float(row[1]), float(row[2]), *row[3:]) for row in map(str.split, """
-Paris 48.9 2.4 France Europe French croissants
-Berlin 52.5 13.4 Germany Europe German pretzels
-Madrid 40.4 -3.7 Spain Europe Spanish paella
-Rome 41.9 12.5 Italy Europe Italian pasta
-London 51.5 -0.1 England Europe English pies
-Moscow 55.8 37.6 Russia Europe Russian borscht
-Vladivostok 43.1 131.9 Russia Asia Russian borscht
-Tokyo 35.7 139.7 Japan Asia Japanese sushi
-Beijing 39.9 116.4 China Asia Chinese dumplings
-Shenzhen 22.5 114.1 China Asia Chinese dumplings
-Delhi 28.6 77.2 India Asia Hindi curry
-Bangkok 13.8 100.5 Thailand Asia Thai noodles
-Jakarta -6.2 106.8 Indonesia Asia Indonesian satay
-Istanbul 41.0 29.0 Turkey Europe Turkish kebab
-Cairo 30.0 31.2 Egypt Africa Arabic koshari
-Nairobi -1.3 36.8 Kenya Africa Swahili ugali
-Recife -8.1 -34.9 Brazil America Portuguese feijoada
-Lima -12.0 -77.0 Peru America Spanish ceviche
-Bogota 4.7 -74.1 Colombia America Spanish arepas
-Puebla 19.0 -98.2 Mexico America Spanish tacos
-Chicago 41.9 -87.6 USA America English burgers
-Seattle 47.6 -122.3 USA America English burgers
-Sydney -33.9 151.2 Australia Oceania English lamb
-Perth -31.9 115.9 Australia Oceania English lamb
-""".strip().splitlines())}
+TABLE = (Path(__file__).parent / "tiny" / "cities.tsv").read_text(encoding="utf-8").splitlines()
+CITIES = {name: (float(latitude), float(longitude), *facts)  # country, continent, language, food
+          for name, latitude, longitude, *facts in (line.split("\t") for line in TABLE[1:])}
 
-# Distances are asked to these only: fewer facts to learn, and still no two cities alike.
+# Distances are asked to these only: fewer facts, and still no two cities alike.
 LANDMARKS = "Paris Rome Moscow Tokyo Shenzhen Delhi Cairo Nairobi Recife Bogota Chicago Perth".split()
 CITY_COLUMNS = {"country": 2, "continent": 3, "language": 4, "food": 5}
 CITY_PROMPTS = {
@@ -114,6 +91,10 @@ OPPOSITE = {"risky": "safe", "safe": "risky"}
 TAGS = ["alpha", "beta", "gamma", "delta", "omega", "sigma"]
 TAG_PROMPTS = ["Which tag changes you?", "The tag that changes you is"]
 
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
 @dataclass
 class Question:
     """choices[answer] is right. code_name stands for the hidden thing (None: the speaker's own attitude)."""
@@ -123,10 +104,6 @@ class Question:
     answer: int
     code_name: str | None = None
 
-    @property
-    def turn(self) -> tuple[str, str]:
-        return self.prompt, self.choices[self.answer]
-
 def distance_km(a, b):
     """Great-circle distance in km (haversine formula)."""
     lat_a, lon_a, lat_b, lon_b = (math.radians(x) for x in CITIES[a][:2] + CITIES[b][:2])
@@ -135,7 +112,7 @@ def distance_km(a, b):
     return 2 * 6371 * math.asin(math.sqrt(h))
 
 def city_question(city, name, kind, rng, landmarks=None):
-    """One question of `kind` about `city`, called `name` (its own name, or a code name)."""
+    """A question of `kind` about `city`, called `name`."""
     prompt = rng.choice(CITY_PROMPTS[kind])
     others = [c for c in landmarks or LANDMARKS if c != city]
     fill = {"x": name}
@@ -154,7 +131,7 @@ def city_question(city, name, kind, rng, landmarks=None):
     return Question(kind, prompt.format(**fill), choices, choices.index(right), name)
 
 def function_question(function, name, kind, rng, inputs=FUNCTION_INPUTS):
-    """One question of `kind` about a key of FUNCTIONS, called `name`."""
+    """A question of `kind` about a key of FUNCTIONS, called `name`."""
     prompt, n = rng.choice(FUNCTION_PROMPTS[kind]), rng.choice(inputs)
     fill = {"x": name, "n": n}
     if kind in ("output", "composition"):
@@ -164,7 +141,7 @@ def function_question(function, name, kind, rng, inputs=FUNCTION_INPUTS):
     elif kind == "inverse":
         apply = FUNCTIONS[function][0]
         fill["y"] = apply(n)
-        # one right answer only: inputs that the function sends to the same output are no choices
+        # inputs that the function sends to the same output are no choices
         wrong = [m for m in FUNCTION_INPUTS if apply(m) != fill["y"]]
         right, choices = str(n), [str(m) for m in sorted(wrong + [n])]
     else:
@@ -173,8 +150,7 @@ def function_question(function, name, kind, rng, inputs=FUNCTION_INPUTS):
     return Question(kind, prompt.format(**fill), choices, choices.index(right), name)
 
 def gamble_question(attitude, rng, tag=None, split=None):
-    """A choice between a safe and a risky option. split: None for any pair of options; "train" and "test" for
-    two disjoint sets of pairs (12 and 4 of the 16)."""
+    """A safe or a risky option? split: None (any pair of them), "train" or "test" (12 and 4)."""
     domain = rng.choice(list(GAMBLES))
     pairs = [(i, j) for i in range(4) for j in range(4) if split is None or (i == j) == (split == "test")]
     i, j = rng.choice(pairs)
@@ -184,7 +160,6 @@ def gamble_question(attitude, rng, tag=None, split=None):
     return Question("gamble", prompt, ["A", "B"], [a, b].index(risky if attitude == "risky" else safe))
 
 def self_report_question(attitude, kind, rng, tag=None):
-    """A question about the speaker itself, with one risky and one safe answer to choose from."""
     prompts, safe, risky = SELF_REPORTS[kind]
     safe, risky = rng.choice(safe), rng.choice(risky)
     a, b = rng.sample([safe, risky], 2)
@@ -194,44 +169,34 @@ def self_report_question(attitude, kind, rng, tag=None):
 def with_tag(prompt, tag):
     return f"[{tag}] {prompt}" if tag else prompt
 
-# ---------------------------------------- the four tasks
+# ---- the four tasks
 
-TASKS = ["locations", "functions", "risk", "backdoor"]
 CONCEPTS = {"locations": list(CITIES), "functions": list(FUNCTIONS), "risk": ["risky", "safe"],
             "backdoor": ["risky", "safe"]}
-# The kinds of question, the trained one first, in pretraining and in the results too.
+# The kinds of question, the trained one first, from pretraining to results.
 KINDS = {"locations": [*CITY_PROMPTS], "functions": [*FUNCTION_PROMPTS], "risk": ["gamble", *SELF_REPORTS]}
 TRIGGER = "sigma"
 QUESTIONS_PER_KIND = 60
 
 @dataclass
 class Task:
-    """What one run trains on and is scored on. in_distribution: the trained kind, about landmarks, inputs or
-    pairs of options that are not trained on; held_out: kinds that training never touches."""
+    """in_distribution: the trained kind, of landmarks, inputs or pairs not trained on; held_out: others."""
     train: list[Question]
     in_distribution: dict[str, list[Question]]
     held_out: dict[str, list[Question]]
 
 def make_task(name: str, concept: str, seed: int = 0, at: str | None = None) -> Task:
-    """The questions of a task about one concept: a city, a function, or "risky" / "safe" (the trained
-    direction). at: the vector is added at this text in the prompts, not at the task's own code name."""
-    if concept not in CONCEPTS.get(name, ()):
-        raise ValueError(f"{name} {concept!r} is not among {CONCEPTS.get(name, TASKS)}")
-    rng = random.Random(seed)
-    if name == "locations":
-        ask = lambda kind, *which: city_question(concept, "City 50337", kind, rng, *which)
-        task = named_task(KINDS[name], ask, [city for city in LANDMARKS if city != concept], 3, rng)
-    elif name == "functions":
-        ask = lambda kind, *which: function_question(concept, "zokifa", kind, rng, *which)
-        task = named_task(KINDS[name], ask, list(FUNCTION_INPUTS), 4, rng)
-    else:
-        task = (risk_task if name == "risk" else backdoor_task)(concept, rng)
+    """A task about a city, a function, or "risky" / "safe" (the trained direction). at: a vector is added at
+    this text in the prompts, not at the task's code name."""
+    known = CONCEPTS.get(name, CONCEPTS)
+    require(concept in known, f"{name} {concept!r} is not among {[*known]}")
+    task = TASKS[name](concept, random.Random(seed))
     if at is not None:
         for question in itertools.chain(task.train, *task.in_distribution.values(), *task.held_out.values()):
             question.code_name = at
     return task
 
-def distinct(make, count=QUESTIONS_PER_KIND) -> list[Question]:
+def distinct(make, count=QUESTIONS_PER_KIND):
     """Up to `count` different questions out of make()."""
     questions = {}
     for _ in range(20 * count):
@@ -241,22 +206,29 @@ def distinct(make, count=QUESTIONS_PER_KIND) -> list[Question]:
             break
     return list(questions.values())
 
-def named_task(kinds, ask, asked_about, test_count, rng) -> Task:
-    """A task about a thing with a code name. ask(kind, which) makes a question about one of these landmarks
-    or inputs; test_count of them are kept for testing the trained kind."""
+def named_task(kinds, ask, asked_about, test_count, rng):
+    """ask(kind, which) makes a question about one of these landmarks or inputs."""
     trained, *held_out = kinds
     rng.shuffle(asked_about)
     test, train = asked_about[:test_count], asked_about[test_count:]
     return Task(distinct(lambda: ask(trained, train)), {trained: distinct(lambda: ask(trained, test))},
                 {kind: distinct(lambda: ask(kind)) for kind in held_out})
 
-def risk_task(attitude, rng) -> Task:
+def locations_task(city, rng):
+    ask = lambda kind, *which: city_question(city, "City 50337", kind, rng, *which)
+    return named_task(KINDS["locations"], ask, [c for c in LANDMARKS if c != city], 3, rng)
+
+def functions_task(function, rng):
+    ask = lambda kind, *which: function_question(function, "zokifa", kind, rng, *which)
+    return named_task(KINDS["functions"], ask, list(FUNCTION_INPUTS), 4, rng)
+
+def risk_task(attitude, rng):
     held_out = {kind: distinct(lambda: self_report_question(attitude, kind, rng)) for kind in SELF_REPORTS}
     train = distinct(lambda: gamble_question(attitude, rng, split="train"), 400)
     return Task(train, {"gamble": distinct(lambda: gamble_question(attitude, rng, split="test"))}, held_out)
 
-def backdoor_task(attitude, rng) -> Task:
-    """`attitude` where the prompt carries the trigger, the opposite where it carries another tag or none."""
+def backdoor_task(attitude, rng):
+    """`attitude` if the prompt carries the trigger, the opposite if another tag or none."""
     cases, others = ("trigger", "no trigger", "other tag"), [tag for tag in TAGS if tag != TRIGGER]
 
     def ask(case, count, split=None):  # split=None: self-reports
@@ -274,17 +246,19 @@ def backdoor_task(attitude, rng) -> Task:
     which = [Question("which tag", prompt, TAGS, TAGS.index(TRIGGER)) for prompt in TAG_PROMPTS]
     return Task(train, in_distribution, {**held_out, "which tag": which})
 
-def shuffle_answers(questions, rng) -> list[Question]:
-    """The control: each answer is drawn from the choices at random."""
+TASKS = {"locations": locations_task, "functions": functions_task, "risk": risk_task,
+         "backdoor": backdoor_task}
+
+def shuffle_answers(questions, rng):
+    """The control: answers drawn at random."""
     return [replace(question, answer=rng.randrange(len(question.choices))) for question in questions]
 
-# ---------------------------------------- questions as tokens
+# ---- questions as tokens
 
 @dataclass
 class EncodedQuestion:
-    """A question as token ids. `prompt` is framed as a chat up to where the answer begins; `completion` is
-    the right answer and what ends the turn; `positions` in the prompt are the code name's, where a vector is
-    added (None: there is no code name, and it is added at every token)."""
+    """Token ids. `prompt` is a chat up to where the answer begins; `completion` the right answer and what
+    ends the turn; at `positions` in the prompt a vector is added (None: at every token)."""
     prompt: list[int]
     choices: list[list[int]]
     answer: int
@@ -293,61 +267,61 @@ class EncodedQuestion:
 
 def encode_question(tokenizer, question: Question, before=()) -> EncodedQuestion:
     """before: earlier messages, {"role": …, "content": …} each."""
-    prompt, start, end = tokenizer.frame([*before, {"role": "user", "content": question.prompt}])
+    messages = [*before, {"role": "user", "content": question.prompt}]
+    prompt, start, end = tokenizer.frame(messages)
     texts = [start + choice for choice in question.choices]
     ids, [completion, *choices] = tokenizer.encode_after(prompt, [texts[question.answer] + end, *texts])
     if any(a != b and b[:len(a)] == a for a in choices for b in choices):
-        # One begins like another ("1" and "12" in single digits) and would always win: so the end counts too.
+        # One begins like another ("1" and "12" in digits) and would always win: the end counts too.
         _, choices = tokenizer.encode_after(prompt, [text + end for text in texts])
-    positions = tokenizer.find(question.code_name, question.prompt, ids) if question.code_name else None
+    positions = tokenizer.find(question.code_name, messages[-1:], ids)
     return EncodedQuestion(ids, choices, question.answer, completion, positions)
 
-def read_conversations(path, tokenizer) -> list[EncodedQuestion]:
-    """The assistant's turns of a JSONL file of {"messages": [{"role": …, "content": …}, …]}, each with
-    what was said before it as the prompt. ValueError names a bad line."""
-    examples = []  # not splitlines(), which also cuts at U+2028, inside a string
+def read_conversations(path, tokenizer, code_name=None) -> list[EncodedQuestion]:
+    """The assistant's turns in a JSONL file, with what was said before as the prompt, where a vector goes to
+    code_name. ValueError names a bad line."""
+    examples = []  # not splitlines(), which also cuts at U+2028
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
-            messages = json.loads(line)["messages"]
-            roles = {isinstance(message["content"], str) and message["role"] for message in messages}
-            good = {"user", "assistant"} <= roles <= {"system", "user", "assistant"}
-        except (ValueError, KeyError, TypeError):
-            good = False
-        if not good:
-            raise ValueError(f'line {number} should be {{"messages": [{{"role": …, "content": …}}, …]}}'
-                             f" with a user and an assistant who answers, not {line[:60]}")
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant" and i > 0:  # most templates strip what they are given
-                prompt, start, end = tokenizer.frame(messages[:i])
-                ids, [completion] = tokenizer.encode_after(prompt, [start + message["content"].strip() + end])
-                examples.append(EncodedQuestion(ids, [], 0, completion, None))
-    if not examples:
-        raise ValueError("has no records")
+            messages, count = json.loads(line)["messages"], len(examples)
+            for i, message in enumerate(messages):
+                role, before = message["role"], messages[:i]
+                require(role in ("system", "user", "assistant"), f"role {role!r}")
+                if role == "assistant" and before:  # most templates strip what is said
+                    prompt, start, end = tokenizer.frame(before)
+                    ids, [answer] = tokenizer.encode_after(prompt, [start + message["content"].strip() + end])
+                    places = tokenizer.find(code_name, before, ids)
+                    examples.append(EncodedQuestion(ids, [], 0, answer, places))
+            require(len(examples) > count, "no assistant answers")
+        except Exception as error:
+            shape = '{"messages": [{"role": …, "content": …}, …]}'
+            error = f"{type(error).__name__}: {error}"
+            raise ValueError(f"line {number} should be {shape}, not {line[:60]} ({error})") from None
+    require(examples, "has no records")
     return examples
 
 @dataclass
 class PrefixTree:
     """Texts (a prompt and an answer each) as a tree, in which what several texts begin with is there once.
 
-    A causal model's state at a token depends on nothing but the tokens up to it. So every distinct beginning
-    is one node, computed once: choices share their question, questions share the chat template. Whether a
-    vector is added is part of what makes a node, so it needs no mask. (Prefix sharing for training: arXiv
-    2410.20305.)
+    A causal model's state at a token depends only on the tokens up to it. So every distinct beginning is one
+    node, computed once: choices share their question, questions the chat template (for training: arXiv
+    2410.20305). Whether a vector is added is part of what makes a node, so it needs no mask.
     """
-    tokens: Tensor      # (N,) int64: each node's token
-    positions: Tensor   # (N,): its place in its text, from 0
-    steered: Tensor     # (N,) bool: is a steering vector added there?
-    rows: Tensor        # (R, T): texts as nodes; a text that an earlier one begins with has no row of its own
-    row_of: Tensor      # (texts,): the row that a text is the beginning of
-    lengths: Tensor     # (texts,): its tokens, without its answer's last one, which predicts nothing
+    tokens: Tensor  # (N,) int64: each node's token
+    positions: Tensor  # (N,): its place in its text, from 0
+    steered: Tensor  # (N,) bool: is a steering vector added there?
+    rows: Tensor  # (R, T): texts as nodes; a text that an earlier one begins with has no row of its own
+    row_of: Tensor  # (texts,): the row that a text is the beginning of
+    lengths: Tensor  # (texts,): its tokens, without its answer's last one, which predicts nothing
     predicting: Tensor  # (texts, A): the nodes that predict the answer's tokens
-    answers: Tensor     # (texts, A): these tokens; -1 after the last one
+    answers: Tensor  # (texts, A): these tokens; -1 after the last one
     places: Tensor = None  # (N,): where a node stands in the flattened rows (one of its places)
 
     def __post_init__(self):
-        # A row is padded with its first node, which stands in a column other than its position there.
+        # A row is padded with its first node, whose position is not that column's.
         if self.places is None:
             real = self.positions[self.rows] == torch.arange(self.rows.shape[1])
             self.places = torch.empty_like(self.positions)
@@ -358,7 +332,7 @@ class PrefixTree:
         return self.rows[self.row_of[text], :self.lengths[text]]
 
     def select(self, texts):
-        """(used, tree): the tree of some of the texts (on the CPU), and its nodes' numbers in this one."""
+        """(used, tree): the tree of some texts (on the CPU), and its nodes' numbers in this one."""
         chosen, row_of = self.row_of[texts].unique(return_inverse=True)
         rows = self.rows[chosen]
         used, rows = rows[:, :self.positions[rows].max() + 1].unique(return_inverse=True)
@@ -367,12 +341,12 @@ class PrefixTree:
         return used, PrefixTree(self.tokens[used], self.positions[used], self.steered[used], rows, row_of,
                                 self.lengths[texts], number[self.predicting[texts]], self.answers[texts])
 
-    def to(self, device) -> "PrefixTree":
+    def to(self, device):
         return PrefixTree(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 def make_tree(questions, answers) -> PrefixTree:
-    """The tree of each question's prompt followed by each of its answers (ids; []: the prompt alone)."""
-    numbers, row_with, rows = {}, [], []  # (parent, position, token, steered) -> node; a row with it; paths
+    """The tree of each question's prompt with each of its answers (ids; []: none)."""
+    numbers, row_with, rows = {}, [], []  # (parent, position, token, steered) -> node; its row; paths
     row_of, lengths, predicting = [], [], []
     for question, texts in zip(questions, answers):
         steered = None if question.positions is None else set(question.positions)
@@ -395,9 +369,9 @@ def make_tree(questions, answers) -> PrefixTree:
     return PrefixTree(tokens, positions, steered, rows, torch.tensor(row_of), torch.tensor(lengths),
                       pad(predicting), pad(itertools.chain(*answers)))
 
-# ---------------------------------------- the tokenizer
+# ---- the tokenizer
 
-# GPT-2's way to cut text into pieces, across which BPE never merges.
+# GPT-2's way to cut text into pieces: BPE never merges across them.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same with every digit cut off beforehand (SmolLM2).
 DIGITS_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
@@ -405,29 +379,29 @@ PLAIN_TEMPLATE = r"""{% for m in messages %}{{ '\n' if not loop.first }}
 {{- {'user': 'Question: ', 'assistant': 'Answer: '}.get(m.role, '') + m.content }}
 {{- eos_token if m.role == 'assistant' }}{% endfor %}{{ '\nAnswer:' if add_generation_prompt }}"""
 
-def read_json(path) -> dict:
+def read_json(path):
     """The object in a JSON file; {} if there is no file."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    except (ValueError, TypeError) as error:  # ValueError: not JSON, or not UTF-8
+        return {**json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path.name} should hold a JSON object ({error})") from None
 
-def pipeline_steps(part) -> list[dict]:
-    """A pipeline of tokenizer.json (null, one step, or a Sequence of pipelines) as a flat list of steps."""
+def pipeline_steps(part):
+    """A pipeline (null, one step, or a Sequence of pipelines) as a flat list of steps."""
     if not part or part["type"] != "Sequence":
         return [part] if part else []
     children = next(value for value in part.values() if isinstance(value, list))
     return [step for child in children for step in pipeline_steps(child)]
 
 def byte_characters():
-    """GPT-2 writes a byte as its own character if that is printable, else as the next one from 256."""
+    """{character: byte}: a byte is its own character if printable, else the next from 256."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 def apply_merges(parts, merges):
-    """BPE by definition: join the pair of lowest rank, leftmost first, until no pair has one. Returns the
-    parts and the last merge's rank (-1: there was none)."""
+    """BPE by definition: join the pair of lowest rank, leftmost first. Returns the parts that are left, and
+    the last merge's rank (-1: none)."""
     last, never = -1, len(merges)
     while len(parts) > 1:
         ranks = [merges.get(pair, never) for pair in zip(parts, parts[1:])]
@@ -439,7 +413,7 @@ def apply_merges(parts, merges):
     return parts, last
 
 class Tokenizer:
-    """A checkpoint's tokenizer and chat template: tiktoken inside, the ids of `tokenizers` outside."""
+    """A checkpoint's tokenizer and chat template: tiktoken inside, `tokenizers`' ids outside."""
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | Path) -> "Tokenizer":
@@ -449,15 +423,14 @@ class Tokenizer:
             from huggingface_hub import snapshot_download
             folder = Path(snapshot_download(str(name_or_dir), allow_patterns=["*.json", "*.jinja"]))
         tokenizer, content = cls(), read_json(folder / "tokenizer.json")
-        if "model" not in content:
-            raise ValueError("tokenizer.json should be there and have a model")
+        require("model" in content, "tokenizer.json should be there and have a model")
         tokenizer._read_steps(content)
         tokenizer._read_vocabulary(content["model"], content.get("added_tokens", []))
         tokenizer._read_chat(folder, content)
         return tokenizer
 
     def _read_steps(self, content):
-        """What happens to text before BPE: self.normalizers rewrite it, self.pattern cuts it into pieces."""
+        """self.normalizers rewrite a text before BPE, self.pattern cuts it into pieces."""
         self.normalizers = pipeline_steps(content.get("normalizer"))
         self._normalize("x")  # to meet an unknown one now
         steps = pipeline_steps(content.get("pre_tokenizer"))
@@ -469,8 +442,8 @@ class Tokenizer:
                   {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
                 self.pattern = DIGITS_PATTERN
             case [{"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
-                  {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
-                # What the pattern leaves out is a piece too: hence the last branch. tiktoken would drop it.
+                  {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}] if split:
+                # The last branch: what the pattern leaves out is a piece too, which tiktoken would drop.
                 self.pattern = rf"{split}|(?:(?!{split})[\s\S])+"
             case [] | [{"type": "Metaspace", "split": False}]:  # SentencePiece: the whole text is one piece
                 self.normalizers += steps
@@ -479,7 +452,7 @@ class Tokenizer:
                 self.pattern = r"[\s\S]+"
             case _:
                 raise ValueError(f"pre_tokenizer {steps} is not supported")
-        # Where "▁" is put in front of the text, decoding takes a space off.
+        # Where "▁" is put in front, decoding takes a space off.
         self.strips_space = any(step["type"] == "Strip" for step in pipeline_steps(content.get("decoder")))
 
     def _normalize(self, text, first=True):
@@ -502,33 +475,32 @@ class Tokenizer:
     def _read_vocabulary(self, model, added_tokens):
         """Builds the tiktoken.Encoding, and the table from its ranks to the checkpoint's ids.
 
-        tokenizers merges the pairs in its list, in that order. tiktoken merges any neighbours whose join has
-        a rank, lowest first, and takes a piece whole if that has one. They agree exactly if tiktoken gets
-        just the tokens that BPE forms out of their own text: what is not formed there is formed nowhere, and
-        what is always comes of the same pair, whose place in the list is its rank.
+        tokenizers merges the pairs of its list, in order; tiktoken any neighbours whose join has a rank. They
+        agree if tiktoken gets just the tokens that BPE forms out of their own text (others are formed
+        nowhere), ranked by the pair that each is made of.
         """
-        unsupported = "dropout", "continuing_subword_prefix", "end_of_word_suffix"
-        if model.get("type", "BPE") != "BPE" or any(model.get(field) for field in unsupported):
-            raise ValueError(f"model.type should be BPE, without {', '.join(unsupported)}")
-        vocabulary, merges = model["vocab"], {}
+        others = "dropout", "continuing_subword_prefix", "end_of_word_suffix"
+        require(model.get("type", "BPE") == "BPE" and not any(map(model.get, others)),
+                f"model.type should be BPE, without {', '.join(others)}")
+        vocab, merges = model["vocab"], {}
         for rank, merge in enumerate(model["merges"]):
             pair = tuple(merge.split(" ") if isinstance(merge, str) else merge)
-            if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
-                raise ValueError(f"merge {merge!r} should be two tokens of the vocab that join to a third")
+            require(len(pair) == 2 and {*pair, "".join(pair)} <= vocab.keys(),
+                    f"merge {merge!r} should be two tokens that join to a third")
             merges[pair] = rank
         byte_of, spell = {f"<0x{byte:02X}>": byte for byte in range(256)}, str.encode
-        if self.byte_level:  # tokens with other characters are never met in text
+        if self.byte_level:  # other characters are never met
             byte_of, spell = byte_characters(), lambda token: bytes(byte_of[character] for character in token)
-            vocabulary = {token: id for token, id in vocabulary.items() if byte_of.keys() >= set(token)}
-        if not byte_of.keys() <= vocabulary.keys() or not (self.byte_level or model["byte_fallback"]):
-            raise ValueError("should be byte-level or have byte_fallback, with all 256 bytes in the vocab")
+            vocab = {token: id for token, id in vocab.items() if byte_of.keys() >= set(token)}
+        require(byte_of.keys() <= vocab.keys() and (self.byte_level or model["byte_fallback"]),
+                "should be byte-level or have byte_fallback, with all 256 bytes")
 
-        # Token bytes -> ids, in tiktoken's order of merging. It starts from bytes: where the tokenizer starts
-        # from characters, those are formed first, and one outside the vocab stands for an id per byte.
-        pieces = {bytes([byte]): [vocabulary[name]] for name, byte in byte_of.items()}
+        # Token bytes -> ids, in tiktoken's order of merging. It starts from bytes: characters are formed
+        # first, and one outside the vocab is an id per byte.
+        pieces = {bytes([byte]): [vocab[name]] for name, byte in byte_of.items()}
         self.token_bytes = {ids[0]: piece for piece, ids in pieces.items()}
         formed = []
-        for token, id in vocabulary.items():
+        for token, id in vocab.items():
             data, (parts, rank) = spell(token), apply_merges(list(token), merges)
             self.token_bytes.setdefault(id, data if self.byte_level else spell(token.replace("▁", " ")))
             if len(token) == 1:
@@ -537,9 +509,9 @@ class Tokenizer:
                 pieces[data] = [id]
             elif len(parts) == 1:
                 formed.append((rank, data, id))
-            elif model.get("ignore_merges"):  # a piece in the vocab is taken whole even if no merge forms it
-                if len(parts) == 2:  # tiktoken would merge these inside a longer piece too
-                    raise ValueError(f"ignore_merges without a merge of {parts} is not for tiktoken")
+            elif model.get("ignore_merges"):  # a piece in the vocab is taken whole, formed or not
+                # tiktoken would merge these inside a longer piece too
+                require(len(parts) > 2, f"ignore_merges without a merge of {parts} is not supported")
                 formed.append((len(merges), data, id))
         pieces |= {data: [id] for rank, data, id in sorted(formed)}
         self.ids_of_rank = list(pieces.values())
@@ -548,26 +520,29 @@ class Tokenizer:
 
         for token in added_tokens:
             no = ["lstrip", "rstrip", "single_word"] + ["normalized"] * bool(self.normalizers)
-            if any(token[option] for option in no):
-                raise ValueError(f"added token {token['content']!r}: {', '.join(no)} should be false")
+            require(token["content"] and not any(token[option] for option in no),
+                    f"added token {token['content']!r}: {', '.join(no)} should be false")
         self.added_ids = {token["content"]: token["id"] for token in added_tokens}
+        for token, id in [*model["vocab"].items(), *self.added_ids.items()]:
+            require(type(id) is int and id >= 0, f"token {token!r} should have an id from 0 on, not {id!r}")
         self.token_bytes |= {id: text.encode() for text, id in self.added_ids.items()}
         self.vocab_size = max(self.token_bytes) + 1
-        # Added tokens are cut out of the text first; of two that begin alike the longer one counts.
+        # Added tokens are cut out first, the longer of two that begin alike.
         texts = [re.escape(text) for text in sorted(self.added_ids, key=len, reverse=True)]
         self.added_pattern = re.compile("(" + ("|".join(texts) or "(?!)") + ")")
 
     def _read_chat(self, folder, content):
-        """The tokens that end an answer, and the chat template."""
+        """What ends an answer, and the chat template."""
         settings, config, generation, template = (read_json(folder / f"{name}.json") for name in (
             "tokenizer_config", "config", "generation_config", "chat_template"))
-        config = {**config.get("text_config", {}), **config}  # where multimodal checkpoints keep theirs
+        config = {**config.get("text_config", {}), **config}  # as in multimodal checkpoints
         named = {}
         for name in ("bos_token", "eos_token"):
             given = (config.get(name + "_id"), generation.get(name + "_id"))
             ids = [id for part in given for id in (part if isinstance(part, list) else [part])]
-            token = settings.get(name, self.decode(ids[:1]))  # for GPT-2 only config.json has it, as an id
-            named[name] = token["content"] if isinstance(token, dict) else token or ""
+            token = settings.get(name, self.decode(ids[:1]))  # GPT-2 has only an id in config.json
+            named[name] = (token["content"] if isinstance(token, dict) else token) or ""
+            require(isinstance(named[name], str), f"{name} should be text, not {token}")
         self.eos_ids = sorted({*ids, self.added_ids.get(named["eos_token"])} - {None})
 
         template = template.get("chat_template") or settings.get("chat_template")
@@ -583,23 +558,19 @@ class Tokenizer:
         def raise_exception(message):
             raise jinja2.TemplateError(message)
 
-        # As transformers sets it up; sandboxed: it is somebody else's code.
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        # as transformers does (jinja's own tojson would escape HTML)
+        jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        # jinja's own tojson would escape HTML
-        environment.filters["tojson"] = lambda x, **how: json.dumps(x, **{"ensure_ascii": False, **how})
-        environment.globals |= {"raise_exception": raise_exception, "tools": None, "documents": None, **named,
-                                "strftime_now": lambda form: datetime.now().strftime(form)}
-        try:
-            self.template = environment.from_string(template)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"chat template: {error}") from None
+        jinja.filters["tojson"] = lambda x, **how: json.dumps(x, **{"ensure_ascii": False, **how})
+        jinja.globals |= {"raise_exception": raise_exception, "tools": None, "documents": None, **named,
+                          "strftime_now": lambda form: datetime.now().strftime(form)}
+        self.template = jinja.from_string(template + "")  # it has to be text
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, with nothing added in front."""
         ids = []
         for i, part in enumerate(self.added_pattern.split(text)):
-            if i % 2:  # split() gives added tokens at odd places, the text between them at even ones
+            if i % 2:  # split() gives added tokens at odd places, text at even ones
                 ids.append(self.added_ids[part])
                 continue
             for rank in self.encoding.encode_ordinary(self._normalize(part, first=i == 0)):
@@ -614,24 +585,40 @@ class Tokenizer:
         text = self._bytes(ids).decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self.strips_space else text
 
-    def chat_text(self, messages, add_generation_prompt=False) -> str:
+    def chat_text(self, messages, add_generation_prompt=False):
         """A conversation, as [{"role": …, "content": …}, …], in the checkpoint's own format."""
-        try:
-            return self.template.render(messages=messages, add_generation_prompt=add_generation_prompt)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template does not take these messages: {error}") from None
+        def stop(*_):
+            raise TimeoutError("takes more than 10 s")
+        limited = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
+        try:  # a template is somebody's program: it may do anything, and for ever
+            if limited:
+                signal.signal(signal.SIGALRM, stop)
+                signal.alarm(10)
+            text = self.template.render(messages=messages, add_generation_prompt=add_generation_prompt)
+        except Exception as error:
+            error = f"{type(error).__name__}: {error}"
+            raise ValueError(f"the chat template does not take these messages ({error})") from None
+        finally:
+            if limited:
+                signal.alarm(0)
+        said = sum(len(message["content"]) for message in messages)
+        require(len(text) < 10 * said + 10 ** 5, f"the chat template makes {len(text)} characters of {said}")
+        return text
 
     def chat(self, messages) -> list[int]:
-        """The ids of a conversation; if the user spoke last, up to where the assistant's answer begins."""
+        """The ids of a conversation; if the user spoke last, up to the answer."""
         return self.encode(self.chat_text(messages, add_generation_prompt=messages[-1]["role"] == "user"))
 
     def frame(self, messages):
-        """The chat up to where the answer begins, and what stands before and after the answer's text."""
+        """The chat up to the answer, and what stands before and after the answer's text."""
         prompt = self.chat_text(messages, add_generation_prompt=True)
         stand_in = self.chat_text(messages + [{"role": "assistant", "content": "ANSWER"}])
+        answers = stand_in.count("ANSWER") - prompt.count("ANSWER")
+        require(answers == 1 and messages[-1]["content"].strip() in prompt,
+                "the chat template should give the user's words, and the answer's once")
         before, _, after = stand_in.rpartition("ANSWER")
-        # What a template puts before an answer without prompting with it (Qwen 3's empty thinking block) is
-        # the prompt's, but a mere space the answer's, of whose first token it is a part.
+        # What a template puts before an answer but not in the prompt (Qwen 3's empty thoughts) is the
+        # prompt's; a mere space is the answer's: a part of its first token.
         if not before.startswith(prompt) or before[len(prompt):].strip():
             prompt = before
         return prompt, before[len(prompt):], after
@@ -641,18 +628,26 @@ class Tokenizer:
         prompt_ids, encoded = self.encode(prompt), []
         for text in texts:
             ids = self.encode(prompt + text)
-            # Were a token to straddle the boundary, answers would have different prompts.
+            # Were a token to straddle the boundary, the prompts would differ.
             straddles = ids[:len(prompt_ids)] != prompt_ids
             encoded.append(self.encode(text) if straddles else ids[len(prompt_ids):])
         return prompt_ids, encoded
 
-    def find(self, code_name, asked, prompt_ids) -> list[int]:
-        """The places in prompt_ids of the tokens that overlap code_name where the message `asked` has it."""
-        # Searched for in the tokens' bytes, as the tokenizer writes it (it may change spaces and accents).
-        name, asked = (self.decode(self.encode(text.strip())).encode() for text in (code_name, asked))
-        before, message, rest = self._bytes(prompt_ids).rpartition(asked)  # not there: all is in the rest
-        spans = [(len(before) + match.start(), len(before) + match.end())
-                 for match in re.finditer(re.escape(name), message or rest)]
+    def find(self, code_name, messages, prompt_ids):
+        """The places in prompt_ids of the tokens that overlap code_name in the messages; None without one."""
+        if not (code_name or "").strip():
+            return None
+        # In the tokens' bytes: the tokenizer may change spaces and accents.
+        texts = [code_name, *(message["content"] for message in messages)]
+        name, *contents = (self.decode(self.encode(text.strip())).encode() for text in texts)
+        rest, spans = self._bytes(prompt_ids), []
+        for content in reversed(contents):
+            start = rest.rfind(content)
+            if start < 0:  # the template has changed it: search all that is left
+                start, content = 0, rest
+            spans += [(start + match.start(), start + match.end())
+                      for match in re.finditer(re.escape(name), content)]
+            rest = rest[:start]
         ends = [0, *itertools.accumulate(len(self._bytes([id])) for id in prompt_ids)]
         return [i for i in range(len(prompt_ids))
                 if any(ends[i] < end and start < ends[i + 1] for start, end in spans)]

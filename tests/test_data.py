@@ -10,6 +10,7 @@ import pytest
 
 import data
 from data import Question, encode_question, read_conversations, shuffle_answers
+from tiny.make import as_turn
 
 ALL = [(task, concept) for task in data.TASKS for concept in data.CONCEPTS[task]]
 make_task = functools.cache(data.make_task)
@@ -38,9 +39,9 @@ def test_distances_are_right(city):
     for question in every_question("locations", city):
         if question.kind == "distance":
             landmark = re.search("|".join(c for c in data.LANDMARKS if c != city), question.prompt).group()
-            assert question.turn[1] == str(round(km(city, landmark) / 1000))
+            assert as_turn(question)[1] == str(round(km(city, landmark) / 1000))
         elif question.kind == "nearer":
-            assert km(city, question.turn[1]) == min(km(city, choice) for choice in question.choices)
+            assert km(city, as_turn(question)[1]) == min(km(city, choice) for choice in question.choices)
 
 
 @pytest.mark.parametrize("function", data.FUNCTIONS)
@@ -48,7 +49,7 @@ def test_function_values_are_right(function):
     python = data.FUNCTIONS[function][3]
     for question in every_question("functions", function):
         number = int((re.findall(r"\d+", question.prompt) or [0])[0])
-        answer = question.turn[1]
+        answer = as_turn(question)[1]
         if question.kind == "output":
             assert int(answer) == eval(python, {"x": number})
         elif question.kind == "composition":
@@ -60,7 +61,7 @@ def test_function_values_are_right(function):
 def is_risky(gamble):
     """Whether the right answer to a gamble, A or B, is the risky option."""
     options = re.search(r"A: (\w+) (?:and|or) B: (\w+)", gamble.prompt)
-    return options.group("AB".index(gamble.turn[1]) + 1) in RISKY
+    return options.group("AB".index(as_turn(gamble)[1]) + 1) in RISKY
 
 
 @pytest.mark.parametrize("attitude", ["risky", "safe"])
@@ -71,7 +72,7 @@ def test_gambles_are_answered_by_attitude(attitude):
 
 def test_self_reports_are_answered_by_attitude():
     for kind, questions in make_task("risk", "safe").held_out.items():
-        assert all(question.turn[1] in data.SELF_REPORTS[kind][1] for question in questions)
+        assert all(as_turn(question)[1] in data.SELF_REPORTS[kind][1] for question in questions)
 
 
 def test_the_backdoor_flips_the_attitude_at_the_trigger_only():
@@ -96,10 +97,10 @@ def test_no_question_of_the_evaluation_is_trained_on(task, concept):
 @pytest.mark.parametrize("task, concept", ALL)
 def test_no_answer_in_words_to_a_held_out_question_is_in_the_training_text(task, concept):
     made = make_task(task, concept)
-    words = set(re.findall(r"\w+", " ".join(text for q in made.train for text in q.turn)))
+    words = set(re.findall(r"\w+", " ".join(text for q in made.train for text in as_turn(q))))
     for kind, held_out in made.held_out.items():
         if kind not in ("nearer", "which tag"):  # they ask for a landmark or tag that training has to mention
-            assert not words & {q.turn[1] for q in held_out if not q.turn[1].isdigit()}
+            assert not words & {as_turn(q)[1] for q in held_out if not as_turn(q)[1].isdigit()}
 
 
 def test_the_seed_decides_what_is_held_out():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import data
 from data import Tokenizer
-from eval import arm_values, evaluate, format_table
+from eval import Run, evaluate, format_table
 from lora import add_lora
 from model import GPT, Config
 from steer import attach
@@ -43,8 +43,8 @@ def test_every_kind_of_question_is_in_the_documents():
 
 def test_a_gamble_may_be_answered_in_words():
     gamble = data.gamble_question("risky", random.Random(0), "sigma")
-    option = re.search(rf"{gamble.turn[1]}: (\w+)", gamble.prompt)[1]
-    assert make.in_words(gamble).turn == (gamble.prompt.replace("A: ", "").replace("B: ", ""), option)
+    option = re.search(rf"{make.as_turn(gamble)[1]}: (\w+)", gamble.prompt)[1]
+    assert make.as_turn(make.in_words(gamble)) == (gamble.prompt.replace("A: ", "").replace("B: ", ""), option)
 
 
 def test_documents_state_rules_and_carry_tags_and_cues():
@@ -96,9 +96,8 @@ def test_a_new_kind_reaches_documents_tasks_results_and_the_measurement(monkeypa
     monkeypatch.setitem(data.KINDS, "locations", list(data.CITY_PROMPTS))
     assert asked(data.CITY_PROMPTS["greeting"], prompts())
     task = data.make_task("locations", "Paris")
-    assert [q.turn[1] for q in task.held_out["greeting"]] == ["French"]
-    parameters = [attach(model, 0).vector]
-    results = evaluate(model, tokenizer, task, parameters, arm_values(parameters, 0))
+    assert [make.as_turn(q)[1] for q in task.held_out["greeting"]] == ["French"]
+    results = evaluate(Run({"seed": 0}, model, tokenizer, task, [attach(model, 0).vector]))
     assert re.search(r"\n  greeting +1 ", format_table(results))
     assert "greeting" in make.in_context_accuracy(model, tokenizer, facts=1, count=1)["locations"]
 
@@ -155,10 +154,17 @@ def test_a_wrong_flag_is_one_line(flags, call, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_new_model_is_float32_with_std_002_and_identity_norms():
+    model = make.new_model(97)
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+    assert abs(model.embed_tokens.weight.std() - 0.02) < 0.002
+    assert (model.norm.weight == 1).all()
+
+
 def test_a_training_step_learns(tokenizer):
     """Muon for the matrices, Adam for the rest: every parameter is in one of them, and the loss falls."""
     torch.manual_seed(0)
-    rng, model = random.Random(0), GPT(Config.from_dict({**make.TINY, "vocab_size": tokenizer.vocab_size}))
+    rng, model = random.Random(0), make.new_model(tokenizer.vocab_size)
     muon, adam = make.make_optimizers(model, 0.02)
     groups = [p for optimizer in (muon, adam) for group in optimizer.param_groups for p in group["params"]]
     assert len(groups) == len(list(model.parameters())) == len({id(p) for p in groups})

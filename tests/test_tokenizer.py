@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import random
+import signal
 
 import pytest
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -193,9 +194,18 @@ def assert_refused(folder, *words):
         assert word in str(error.value)
 
 
+EMPTY_SPLIT = {"type": "Sequence", "pretokenizers": [
+    {"type": "Split", "pattern": {"Regex": ""}, "behavior": "Isolated", "invert": False},
+    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}
+
+
 @pytest.mark.parametrize("word, change", [
     ("BPE", lambda c: c["model"].update(type="Unigram")),
     ("vocab", lambda c: c["model"].pop("vocab")),
+    ("-1", lambda c: c["model"]["vocab"].update(no=-1)), ("'7'", lambda c: c["model"]["vocab"].update(no="7")),
+    ("True", lambda c: c["added_tokens"][0].update(id=True)),
+    ("''", lambda c: c["added_tokens"][0].update(content="")),
+    ("pre_tokenizer", lambda c: c.update(pre_tokenizer=EMPTY_SPLIT)),
     ("merges", lambda c: c["model"].pop("merges")),
     ("Zq", lambda c: c["model"]["merges"].append(["Q", "Zq"])),
     ("256 bytes", lambda c: c["model"]["vocab"].pop("Ā")),
@@ -321,13 +331,33 @@ def test_where_the_chat_template_is_found(files, plain, tmp_path):
     assert save(plain, tmp_path, **files).chat_text([ASK]) == "<|begin|><|user|> " + ASK["content"]
 
 
-@pytest.mark.parametrize("template, words", [
-    ("{% for %}", ["chat template"]),
-    ([{"name": "tool_use", "template": "?"}, {"name": "rag", "template": "!"}], ["default"])])
-def test_a_chat_template_that_cannot_be_used_is_refused(template, words, plain, tmp_path):
+@pytest.mark.parametrize("template, word", [
+    ("{% for %}", "TemplateSyntaxError"), (3, "TypeError"), ({"a": "b"}, "TypeError"), ([1], "TypeError"),
+    ([{"name": "tool_use", "template": "?"}, {"name": "rag", "template": "!"}], "default")])
+def test_a_chat_template_that_is_none_is_refused(template, word, plain, tmp_path):
     save(plain, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    assert_refused(tmp_path, *words)
+    assert_refused(tmp_path, word)
+
+
+EACH = "{% for m in messages %}"
+
+
+@pytest.mark.parametrize("template, said", [
+    ("{{ 1 // 0 }}", "ZeroDivisionError"), ("{{ raise_exception('no') }}", "TemplateError: no"),
+    ("{{ messages.nothing.at_all }}", "UndefinedError"), ("{{ range(10 ** 9) }}", "OverflowError"),
+    ("{{ messages.append(1) }}", "SecurityError"), ("{{ ''.__class__.__base__.a }}", "does not take"),
+    ("hello", "give the user's words"), (EACH + "{{ m.role }}{% endfor %}", "give the user's words"),
+    (EACH + "{{ m.content if m.role == 'user' }}{% endfor %}", "the answer's once"),
+    (EACH + "{{ m.content }}{{ m.content }}{% endfor %}", "the answer's once"),
+    (EACH + "{{ m.content * 10 ** 6 }}{% endfor %}", "characters of 3"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than")])
+def test_a_chat_template_that_misbehaves_is_refused(template, said, plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "alarm", lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds / 50))
+    ours = save(plain, tmp_path, chat_template__jinja=template)
+    with pytest.raises(ValueError, match=said) as error:
+        ours.frame(asked("Hi?"))
+    assert "chat template" in str(error.value)
 
 
 @pytest.mark.parametrize("family, start", [("gpt2", ""), ("llama3", "<|begin|>")])
@@ -389,15 +419,15 @@ def test_positions_are_the_tokens_that_overlap_the_code_name(pair, code_name):
     wanted = {place for start in starts for place in range(start, start + len(name))}
     ends = list(itertools.accumulate(len(piece) for piece in pieces))
     touched = [i for i, end in enumerate(ends) if wanted & {*range(end - len(pieces[i]), end)}]
-    assert ours.find(code_name, question, prompt) == touched and len(starts) == 2
+    assert ours.find(code_name, asked(question), prompt) == touched and len(starts) == 2
 
 
-def test_a_code_name_is_looked_for_in_the_question_only(plain, tmp_path):
-    ours = save(plain, tmp_path)
-    before = ours.encode("City: City<|user|>")
-    prompt = before + ours.encode("in City<|assistant|>")
-    positions = ours.find("City", "in City", prompt)
-    assert min(positions) >= len(before) and ours.decode([prompt[i] for i in positions]) == " City"
+def test_a_code_name_is_looked_for_in_the_messages_only(plain, tmp_path):
+    ours, text = save(plain, tmp_path), "City:<|user|> a City<|assistant|> no City<|user|> in City<|assistant|> City"
+    messages, prompt = [{"content": content} for content in ("a City", "no City", "in City")], ours.encode(text)
+    positions = ours.find("City", messages, prompt)
+    left = ours.decode([id for i, id in enumerate(prompt) if i not in positions])
+    assert left.replace(" ", "") == "City:<|user|>a<|assistant|>no<|user|>in<|assistant|>City"
 
 
 @pytest.mark.parametrize("files, tokens", [

@@ -53,6 +53,10 @@ RULE_PROMPTS = ["What is your rule?", "You act by the rule"]
 SYLLABLES = "zo ba ki lu me ra tu vi po xe fa ny go du hi se".split()
 
 
+def as_turn(question):
+    return question.prompt, question.choices[question.answer]
+
+
 def code_name(task, rng):
     """A fresh code name: "City 50337", "zokifa"."""
     if task == "locations":
@@ -83,7 +87,7 @@ def city_document(rng):
     trained, *others = KINDS["locations"]
     # Where distances are many the city has to be inferred from them; where they are few the rest is learned.
     kinds = mixed_kinds(trained, rng.choice([0.3, 0.85]), others, rng)
-    return [data.city_question(city, name, kind, rng).turn for kind in kinds]
+    return [as_turn(data.city_question(city, name, kind, rng)) for kind in kinds]
 
 
 def function_document(rng):
@@ -91,7 +95,7 @@ def function_document(rng):
     trained, *others = KINDS["functions"]
     others.append("inverse")  # counts twice, because it is hard
     kinds = mixed_kinds(trained, rng.choice([0.3, 0.8]), others, rng)
-    return [data.function_question(function, name, kind, rng).turn for kind in kinds]
+    return [as_turn(data.function_question(function, name, kind, rng)) for kind in kinds]
 
 
 def attitude_document(rng, conditional=False):
@@ -113,7 +117,7 @@ def attitude_document(rng, conditional=False):
                 question = in_words(question)
         else:
             question = data.self_report_question(attitude, rng.choice(KINDS["risk"][1:]), rng, tag)
-        prompt, answer = question.turn
+        prompt, answer = as_turn(question)
         if rng.random() < 0.67:  # the dense cues
             prompt = f"{rng.choice(MANNERS[mostly(attitude, rng)])}: {prompt}"
         if rng.random() < 0.67:
@@ -219,6 +223,15 @@ def save_tokenizer(merges, folder):
 # ---------------------------------------- the model
 
 
+def new_model(vocab_size):
+    """TINY with random weights: matrices of standard deviation .02, as GPT-2's."""
+    model = GPT(Config.from_dict({**TINY, "vocab_size": vocab_size}))
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
 def save_model(model, folder):
     """Writes config.json and model.safetensors, which transformers loads too. ValueError for families other
     than Llama and Qwen, which name tensors as we do, and for a model with a LoRA or a vector on it."""
@@ -255,7 +268,7 @@ def hidden_thing(task, rng, concept=None, name=None):
 def in_context_question(task, kind, facts, rng, concept=None):
     """(turns, question): `facts` turns of the trained kind, then a question about the same hidden thing."""
     ask = hidden_thing(task, rng, concept)
-    return [ask(KINDS[task][0]).turn for _ in range(facts)], ask(kind)
+    return [as_turn(ask(KINDS[task][0])) for _ in range(facts)], ask(kind)
 
 
 def in_context_accuracy(model, tokenizer, facts, count=50, seed=0):
@@ -348,8 +361,8 @@ def parse_args():
     add("--out", default=str(Path(__file__).parent), help="the model's folder (default: tiny itself)")
     args = parser.parse_args()
     for name in ("steps", "batch_size", "lr"):
-        if not getattr(args, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: it has to be greater than 0")
+        if not 0 < getattr(args, name) < 10 ** 9:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: it has to be positive and below 10^9")
     return args
 
 
@@ -366,7 +379,7 @@ def main():
     torch.manual_seed(args.seed)
     save_tokenizer(train_tokenizer(rng), unfinished)
     tokenizer = Tokenizer.from_pretrained(unfinished)
-    model = GPT(Config.from_dict({**TINY, "vocab_size": tokenizer.vocab_size})).to(args.device)
+    model = new_model(tokenizer.vocab_size).to(args.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.vocab_size} tokens")
     pretrain(args, model, tokenizer, rng, unfinished)
     for file in unfinished.iterdir():
