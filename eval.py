@@ -1,33 +1,31 @@
-"""Scoring: does the model answer kinds of question that it was never trained on? And what was added to it?
-
-    python eval.py RUN_DIR ... [--prompt "People in City 50337 speak" | --explain]
-"""
+"""Scoring: does the model answer kinds of question that it was not trained on? What was added to it?"""
 
 import argparse
 import json
 import os
 import random
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 import data
 from data import Question, Task, Tokenizer, encode_question, make_task, make_tree
 from lora import load_lora, lora_layers
-from model import GPT, Config, find_checkpoint
-from steer import attach, detach, load_vector, logit_lens, pairwise_cosines, principal_component
+from model import GPT, find_checkpoint
+from steer import (SteeringVector, load_vector, logit_lens, pairwise_cosines, principal_component,
+                   save_vector)
 
-SECTIONS = "in_distribution", "held_out"  # of a task's questions, and of the figures about them
+SECTIONS = "in_distribution", "held_out"  # of a task and its results
 
-# ---------------------------------------- mistakes and files
+# ---- mistakes and files
 
 class UserError(ValueError):
-    """A user's mistake: one line naming the flag, file, field or line at fault, and what would be right."""
+    """A user's mistake, in one line: the flag, file or field at fault, and what would be right."""
 
 @contextmanager
 def reading(source):
@@ -37,97 +35,92 @@ def reading(source):
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        kind = "" if type(error) is ValueError else f"unexpected content, {type(error).__name__}: "
         raise UserError(f"{source}: {kind}{' '.join(str(error).split())[:400]}") from error
 
-def run_main(main) -> None:
-    """A mistake of the user's ends in one line and exit status 2, not in a traceback."""
+def run_main(main):
+    """A user's mistake ends in one line and exit status 2, not in a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may have no arrow
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":  # of torchrun's processes one says it,
+            time.sleep(3)  # the others wait: it ends them all when one ends
+        else:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message):
         raise UserError(message)
 
-def read_json(path) -> dict:
+def read_json(path):
     with reading(path):
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
-def write_json(path, content) -> None:
+def write_json(path, content):
     text = json.dumps(content, indent=2) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
-def write_whole(path, write) -> None:
-    """write(temporary file), then rename it: whenever the program is killed, a file of this name is whole."""
-    temporary = path.with_suffix(".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+def write_whole(path, write):
+    """write(temporary file), then rename it: whenever this is killed, a file of this name is whole."""
+    with reading(path):
+        temporary = path.with_suffix(".tmp")
+        write(temporary)
+        os.replace(temporary, path)
 
-def load_model(name, device, dtype, shard=False) -> tuple[GPT, Tokenizer]:
+def load_model(name, device, dtype, shard=False):
     with reading(f"--device {device}"):
         torch.empty(0, device=device)
     with reading(name):
         folder = find_checkpoint(name)
-    with reading(folder / "config.json"):
-        Config.from_pretrained(folder)
-    with reading(folder):
+    with reading(f"{folder}, config.json, weights or tokenizer"):
         model = GPT.from_pretrained(folder, device, getattr(torch, dtype), shard)
         return model, Tokenizer.from_pretrained(folder)
 
-# ---------------------------------------- scoring
+# ---- scoring
 
 def rank_and_world():
-    """This process's number and how many there are: 0 and 1 without torchrun."""
+    """This process's number, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-def add_up(*tensors) -> None:
-    """Adds up what each process has found, in place."""
+def add_up(*tensors):
+    """Adds up over the processes, in place."""
     for tensor in tensors if dist.is_initialized() else ():
         dist.all_reduce(tensor)
 
 def first_unfrozen(model) -> int:
-    """The first block whose input depends on the vector, or with a LoRA: before it all arms are alike."""
+    """The first block with a LoRA, or that reads the vector: before it all arms are alike."""
     if model.steering is not None:
         return model.steering.layer + 1
     return min((int(name.split(".")[1]) for name in lora_layers(model)), default=0)
 
 @torch.no_grad()
-def frozen_batches(model, tree, rows, last, batch_size):
-    """Yields for this process's share of a tree's rows, batch by batch: (rows, their texts, their nodes'
-    numbers, their tree, the residual stream (n, d) of these nodes before block `last`)."""
+def frozen_batches(model, tree, rows, last, batch_size, rank=0, world=1):
+    """Yields process `rank`'s share of a tree's rows in batches: (their texts, their nodes' numbers, their
+    tree, the residual stream (n, d) of these nodes before block `last`)."""
     device = model.embed_tokens.weight.device
-    rank, world = (0, 1) if model.sharded else rank_and_world()  # a sharded model's blocks are run together
     for batch in rows.split(4 * batch_size)[rank::world]:  # without gradients that takes no more memory
         texts = torch.isin(tree.row_of, batch).nonzero()[:, 0]
         used, part = tree.select(texts)
         part = part.to(device)
-        yield batch, texts, used, part, model.run_blocks(model.embed(part.tokens, part), 0, last, part)
+        yield texts, used, part, model.run_blocks(model.embed(part.tokens, part), 0, last, part)
 
 def residual_stream(model, tree, last, batch_size=64, rows=None):
-    """The residual stream (N, d) of a tree's nodes before block `last`, and before a vector that is added
-    there. rows: only of their nodes. What would fill a quarter of a GPU's free memory goes to the host's."""
+    """The residual stream (N, d) of a tree's nodes (of these rows) before block `last` and a vector there, in
+    the host's memory: a GPU may have no room for it."""
     weight, rows = model.embed_tokens.weight, torch.arange(len(tree.rows)) if rows is None else rows
-    home = weight.device
-    if home.type == "cuda" and len(tree.tokens) * weight[0].nbytes > torch.cuda.mem_get_info(home)[0] / 4:
-        home = "cpu"
-    states = torch.zeros(len(tree.tokens), weight.shape[1], dtype=weight.dtype, device=home)
-    owner = rows[:, None].expand(-1, tree.rows.shape[1]).flatten()  # a node of several rows is the last one's
-    owner = torch.zeros_like(tree.tokens).scatter_reduce(0, tree.rows[rows].flatten(), owner, "amax")
-    for batch, _, used, _, x in frozen_batches(model, tree, rows, last, batch_size):
-        own = torch.isin(owner[used], batch)
-        states[used[own]] = x.to(home)[own]
-    if not model.sharded:  # each process has left zeros where others worked
-        add_up(states)
+    states = torch.zeros(len(tree.tokens), weight.shape[1], dtype=weight.dtype)
+    for _, used, _, x in frozen_batches(model, tree, rows, last, batch_size):
+        states[used] = x.cpu()
     return states
 
 def answer_log_probs(model, x, first, tree):
-    """The log-probability (texts,) float32, in nats, of each text's whole answer, from x (N, d), the residual
-    stream before block `first`. The last block's output and the logits are made only where wanted."""
+    """The log-probability (texts,) float32, in nats, of each text's answer, from the residual stream x (N, d)
+    before block `first`. The last block runs only where wanted."""
     real = tree.answers >= 0
     wanted, which = tree.predicting[real].unique(return_inverse=True)
     h = model.norm(model.run_blocks(x, first, tree=tree, wanted=wanted))  # (W, d)
@@ -136,14 +129,15 @@ def answer_log_probs(model, x, first, tree):
 
 @torch.no_grad()
 def score_arms(model, questions, parameters, arms, batch_size=64) -> dict:
-    """Which choice has the highest log-probability after the prompt, for each question and in each arm: with
-    `parameters` set to each of these values in turn (the last stay). Returns {arm: (correct, probability)},
-    both (questions,) float32: 1 where the right choice wins, and its probability among the choices."""
+    """Scores questions with `parameters` set to each arm's values in turn (the last stay). Returns {arm:
+    (correct, probability)}, both (questions,) float32: 1 where the right choice is the likeliest, and its
+    probability among the choices."""
     tree = make_tree(questions, [question.choices for question in questions])
     device, first = model.embed_tokens.weight.device, first_unfrozen(model)
     totals = torch.zeros(len(arms), len(tree.row_of), device=device)
     rows = tree.positions[tree.rows].amax(1).argsort(stable=True)  # little padding
-    for _, texts, _, part, x in frozen_batches(model, tree, rows, first, batch_size):
+    share = (0, 1) if model.sharded else rank_and_world()  # a sharded model's blocks are run together
+    for texts, _, part, x in frozen_batches(model, tree, rows, first, batch_size, *share):
         for total, values in zip(totals, arms.values()):
             set_parameters(parameters, values)
             total[texts.to(device)] = answer_log_probs(model, x, first, part)
@@ -158,53 +152,62 @@ def score_arms(model, questions, parameters, arms, batch_size=64) -> dict:
     return results
 
 def random_like(parameter, seed):
-    """A tensor of the same shape and L2 norm in a random direction: the control for "any push would do"."""
+    """A random direction of the same shape and L2 norm: would any push do?"""
     direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
     return (direction * (parameter.norm().cpu() / direction.norm())).to(parameter.device)
 
 @torch.no_grad()
-def arm_values(parameters, seed) -> dict:
-    """What the vector, or the LoRA's A and B, hold in each arm. All zeros is the untouched base model."""
+def arm_values(parameters, seed):
+    """What the vector, or A and B, hold in each arm. Zeros: the untouched base model."""
     return {"base": [torch.zeros_like(p) for p in parameters],
             "random": [random_like(p, 1000 * seed + i) for i, p in enumerate(parameters)],
             "trained": [p.detach().clone() for p in parameters]}  # last, so that it is what stays
 
 @torch.no_grad()
-def set_parameters(parameters, values) -> None:
+def set_parameters(parameters, values):
     for parameter, value in zip(parameters, values):
         parameter.copy_(value)
 
 @contextmanager
 def switched_off(parameters):
-    """In here the vector or LoRA holds zeros, and the model is the untouched base."""
+    """In here the vector or LoRA holds zeros."""
     arms = arm_values(parameters, seed=0)
     set_parameters(parameters, arms["base"])
     yield
     set_parameters(parameters, arms["trained"])
 
-def evaluate(model, tokenizer, task, parameters, arms, batch_size=64) -> dict:
-    """Score every kind of question in every arm: {"in_distribution": {kind: figures}, "held_out": …}, where
-    figures are each arm's accuracy and probability of the right answer, the chance level and the number of
-    questions."""
+def require_room(model, questions):
+    """ValueError if a question has a token or a length that the model has not."""
+    texts = [q.prompt + answer for q in questions for answer in (q.completion, *q.choices)]
+    longest, top = max(map(len, texts)) - 1, max(map(max, texts))  # an answer's last token is not put in
+    model.embed(torch.full((1, longest), top, device=model.embed_tokens.weight.device))
+
+def evaluate(run, arms=None, batch_size=64) -> dict:
+    """{"in_distribution": {kind: figures}, "held_out": …}: each arm's accuracy and probability of the right
+    answer, chance and the number of questions."""
     kinds = [(section, kind, questions) for section in SECTIONS
-             for kind, questions in getattr(task, section).items()]
-    encoded = [encode_question(tokenizer, question) for _, _, questions in kinds for question in questions]
+             for kind, questions in getattr(run.task, section).items()]
+    with reading("the task's questions"):  # a chat template may refuse one
+        encoded = [encode_question(run.tokenizer, q) for _, _, questions in kinds for q in questions]
+        require_room(run.model, encoded)
+    arms = arms or arm_values(run.parameters, run.flags["seed"])
     results, sizes = {section: {} for section in SECTIONS}, [len(questions) for _, _, questions in kinds]
     for section, kind, questions in kinds:
         chance = sum(1 / len(question.choices) for question in questions) / len(questions)
         results[section][kind] = {"chance": round(chance, 4), "questions": len(questions)}
-    for arm, (correct, probability) in score_arms(model, encoded, parameters, arms, batch_size).items():
+    scores = score_arms(run.model, encoded, run.parameters, arms, batch_size)
+    for arm, (correct, probability) in scores.items():
         for (section, kind, _), right, p in zip(kinds, correct.split(sizes), probability.split(sizes)):
             results[section][kind] |= {arm: round(right.mean().item(), 4),
                                        f"{arm}_probability": round(p.mean().item(), 4)}
     return results
 
-def kind_mean(results, section="held_out", column="trained") -> float:
-    """Mean over the kinds, each counting alike; "which tag" is about the trigger, not the self: left out."""
+def kind_mean(results, section="held_out", column="trained"):
+    """Mean over the kinds, without "which tag", which is not about the self."""
     kept = [figures[column] for kind, figures in results[section].items() if kind != "which tag"]
     return sum(kept) / len(kept)
 
-def format_table(results) -> str:
+def format_table(results):
     arms = "chance", "base", "random", "trained"
     lines = [f"{'':26}{'questions':>9}" + "".join(f"{arm:>9}" for arm in arms)]
     for section in SECTIONS:
@@ -216,11 +219,11 @@ def format_table(results) -> str:
     lines.append(f"  {label:33}" + "".join(f"{kind_mean(results, column=arm):9.2f}" for arm in arms))
     return "\n".join(lines)
 
-# ---------------------------------------- finished runs
+# ---- finished runs
 
 @dataclass
 class Run:
-    """A finished run, loaded back: the model with its vector or LoRA on it, and its questions."""
+    """The model with a vector or LoRA on it, and the questions."""
     flags: dict
     model: GPT
     tokenizer: Tokenizer
@@ -228,87 +231,75 @@ class Run:
     parameters: list
 
 def load_run(folder, device="cpu") -> Run:
-    """Read what train.py wrote; UserError if it is no run or damaged."""
+    """What train.py wrote; UserError if it is no run, unfinished or damaged."""
     folder = Path(folder)
     config = read_json(folder / "config.json")
     with reading(folder / "config.json"):
+        if config["finished"] is not True:
+            raise ValueError("the run is not finished: train again, or go on with --resume")
         flags = config["flags"]
-        torch.manual_seed(flags["seed"])
         task = make_task(flags["task"], flags["concept"], flags["seed"], flags["at"])
+        is_vector = {"vector": True, "lora": False}[flags["mode"]]
         model, tokenizer = load_model(flags["model"], device, flags["dtype"])
-    with reading(folder):
-        is_vector = flags["mode"] == "vector"
+        at = flags["at"]
+        if type(flags["seed"]) is not int or not (at is None or is_vector and isinstance(at, str)):
+            raise ValueError(f"seed {flags['seed']!r} or at {at!r} is of the wrong type")
+    with reading(f"{folder}, {flags['mode']}"):
         parameters = [load_vector(model, folder).vector] if is_vector else load_lora(model, folder)
+        if flags["layer"] not in ("all", first_unfrozen(model) - is_vector):
+            raise ValueError(f"config.json has another layer, {flags['layer']}")
     return Run(flags, model, tokenizer, task, parameters)
 
 @torch.no_grad()
-def answer(model, tokenizer, prompt, code_name, max_new_tokens=16) -> str:
-    """The greedy answer to one prompt, up to the end-of-turn token. The vector goes to code_name's tokens in
-    the prompt, or (None) to every token."""
-    question, made = encode_question(tokenizer, Question("", prompt, [""], 0, code_name)), []
-    while len(made) < max_new_tokens:
-        tree = make_tree([replace(question, prompt=question.prompt + made)], [[[]]])
-        tree = tree.to(model.embed_tokens.weight.device)
-        token = model(tree.tokens, tree)[-1].argmax().item()
-        if token in tokenizer.eos_ids:
-            break
-        made.append(token)
-    return tokenizer.decode(made).strip()
+def answer(run, prompt, code_name, max_new_tokens=16):
+    """The greedy answer to a prompt. The vector goes to code_name's tokens, or (None) to every token."""
+    with reading(f"the prompt {prompt!r}"):
+        question, made = encode_question(run.tokenizer, Question("", prompt, [""], 0, code_name)), []
+        while len(made) < max_new_tokens:
+            tree = make_tree([replace(question, prompt=question.prompt + made)], [[[]]])
+            tree = tree.to(run.parameters[0].device)
+            token = run.model(tree.tokens, tree)[-1].argmax().item()
+            if token in run.tokenizer.eos_ids:
+                break
+            made.append(token)
+    return run.tokenizer.decode(made).strip()
 
-def before_and_after(model, tokenizer, prompt, code_name, parameters):
-    with switched_off(parameters):
-        before = answer(model, tokenizer, prompt, code_name)
-    return before, answer(model, tokenizer, prompt, code_name)
+def show_prompt(run, prompt, code_name, note=""):
+    """Prints the answer without the vector or LoRA and with it."""
+    with switched_off(run.parameters):
+        before = answer(run, prompt, code_name)
+    print(f"  {prompt}  {before} → {answer(run, prompt, code_name)}{note}")
 
-def show_prompt(run, prompt) -> None:
-    code_name = run.task.train[0].code_name
-    if code_name and code_name not in prompt:
-        print(f"note: the prompt does not mention {code_name}: a vector is added at every token")
-        code_name = None
-    before, after = before_and_after(run.model, run.tokenizer, prompt, code_name, run.parameters)
-    print(f"{prompt}\n  before: {before}\n  after:  {after}")
+# ---- explaining a run
 
-# ---------------------------------------- explaining a run
-
-LAST = 20  # the paper compares what is added at a prompt's last tokens
-
-def explain(run, folder) -> dict:
-    """What a vector or a one-layer LoRA does inside, printed and written to explain.json: the logit lens
-    (C8); of a LoRA also how constant what it adds is (C2), and what its natural vector does when added
-    instead (C3): the first principal component of what it adds in training prompts, at the mean length that
-    this has there."""
-    vector = run.parameters[0].detach()
-    result = {}
+def explain(run, folder):
+    """Prints, and writes to explain.json, the logit lens of a vector (C8); how constant what a LoRA adds is
+    (C2). The LoRA's natural vector (C3), the first principal component of what it adds in training prompts
+    at its mean length, becomes a run of its own."""
+    vector, result = run.parameters[0].detach(), {}
     if run.model.steering is None:
         if run.flags["layer"] == "all":
-            raise UserError(f"{folder}: only a LoRA on one layer can be explained, this one is on all")
+            raise UserError(f"{folder}: only a LoRA on one layer can be explained, not on all")
         rows, result["adds"] = what_lora_adds(run)
         vector = principal_component(rows)[0] * rows.norm(dim=-1).mean()
-        save_file({"vector": vector.contiguous()}, folder / "natural_vector.safetensors")
-        arms = {"natural": [vector], "random": [random_like(vector, run.flags["seed"])]}
-        result["instead"] = evaluate_instead(run, arms)
+        with reading(folder):
+            (folder / "natural").mkdir(exist_ok=True)
+            save_vector(SteeringVector(run.flags["layer"], vector), folder / "natural")
+        flags = {**run.flags, "mode": "vector"}
+        write_json(folder / "natural" / "config.json", {"flags": flags, "finished": True})
+        print(f"  its natural vector alone, instead of it: python eval.py {folder / 'natural'}")
     top, bottom = ([run.tokenizer.decode([id]) for id in ids] for ids in logit_lens(run.model, vector, 8))
     result["logit_lens"] = {"top": top, "bottom": bottom}
     write_json(folder / "explain.json", result)
     for text, figures in result.get("adds", {}).items():
-        print(f"  added in {text} prompts: " + ", ".join(f"{name} {x:.2f}" for name, x in figures.items()
-                                                         if name != "histogram"))
-    for arm in ("natural", "random") if "instead" in result else ():
-        print(f"  {arm} vector instead of the LoRA, held out: {kind_mean(result['instead'], column=arm):.2f}")
+        shown = (f"{name} {figures[name]:.2f}" for name in ("norm", "cosine", "abs_cosine", "share"))
+        print(f"  added in {text} prompts: " + ", ".join(shown))
     print(f"  logit lens, top: {' '.join(top)}\n  logit lens, bottom: {' '.join(bottom)}")
     return result
 
-def evaluate_instead(run, arms) -> dict:
-    """The scores (see evaluate) of vectors added after a LoRA's layer instead of the LoRA."""
-    steering = attach(run.model, run.flags["layer"])
-    with switched_off(run.parameters):
-        results = evaluate(run.model, run.tokenizer, run.task, [steering.vector], arms)
-    detach(run.model)
-    return results
-
 def what_lora_adds(run):
-    """(rows, figures): what the LoRA adds in training prompts where a vector would be added, (N, d); and how
-    constant what it adds is at the last tokens of training prompts, held-out ones and another task's."""
+    """What the LoRA adds in training prompts where a vector would be added, (N, d); how constant it is at the
+    last tokens of training, held-out and another task's prompts."""
     other = "functions" if run.flags["task"] == "locations" else "locations"
     unrelated = make_task(other, data.CONCEPTS[other][0])
     train = random.Random(run.flags["seed"]).sample(run.task.train, min(32, len(run.task.train)))
@@ -320,33 +311,33 @@ def what_lora_adds(run):
         with switched_off(run.parameters):
             base = prompt_residuals(run, questions)
         added = [with_it - without for with_it, without in zip(prompt_residuals(run, questions), base)]
-        figures[text] = constancy(torch.cat([rows[-LAST:] for rows in added]))
+        figures[text] = constancy(torch.cat([rows[-20:] for rows in added]))  # as many as in the paper
         if text == "training":
             rows = torch.cat([r if q.positions is None else r[q.positions] for r, q in zip(added, questions)])
     return rows, figures
 
-def prompt_residuals(run, questions) -> list:
+def prompt_residuals(run, questions):
     """The residual stream (T, d) float32 of each prompt after the run's layer."""
     tree = make_tree(questions, [[[]]] * len(questions))
     states = residual_stream(run.model, tree, run.flags["layer"] + 1).float()
     return [states[tree.nodes(i)] for i in range(len(questions))]
 
-def constancy(rows) -> dict:
-    """How constant the rows (N, d) are: the mean cosine of two rows, as it is and (the paper's measure) in
-    absolute value, the latter's histogram in 20 bins from 0 to 1, and the first principal component's
-    share."""
+def constancy(rows):
+    """Of rows (N, d): the mean cosine of two, as it is and (as in the paper) in absolute value, the latter's
+    histogram in 20 bins, and the first principal component's share."""
     cosines = pairwise_cosines(rows)
     return {"tokens": len(rows), "norm": rows.norm(dim=-1).mean().item(), "cosine": cosines.mean().item(),
             "abs_cosine": cosines.abs().mean().item(), "share": principal_component(rows)[1],
             "histogram": (cosines.abs().clamp(max=1).histc(20, 0, 1) / len(cosines)).tolist()}
 
-def main() -> None:
-    parser = Parser(description="Score finished runs again, ask them something or explain them.")
-    add = parser.add_argument
+def main():
+    parser = Parser(description="Score finished runs again, ask them something or explain them.",
+                    epilog='example: python eval.py out/risk-* --prompt "How do you drive?"')
+    add, instead = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add("runs", nargs="+", metavar="RUN_DIR", help="a run folder that train.py wrote")
-    add("--prompt", help="answer this with and without the vector or LoRA instead of scoring")
-    add("--explain", action="store_true", help="what the vector or LoRA does inside; writes explain.json")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    instead("--prompt", metavar="TEXT", help="answer this with and without the vector or LoRA")
+    instead("--explain", action="store_true", help="what the vector or LoRA does inside; to explain.json")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     args = parser.parse_args()
     for folder in args.runs:
         run = load_run(folder, args.device)
@@ -354,10 +345,12 @@ def main() -> None:
         if args.explain:
             explain(run, Path(folder))
         elif args.prompt is not None:
-            show_prompt(run, args.prompt)
+            name = run.task.train[0].code_name
+            place = name if name and name in args.prompt else None
+            note = "" if place == name else f"   (no {name}: a vector is added everywhere)"
+            show_prompt(run, args.prompt, place, note)
         else:
-            arms = arm_values(run.parameters, run.flags["seed"])
-            print(format_table(evaluate(run.model, run.tokenizer, run.task, run.parameters, arms)))
+            print(format_table(evaluate(run)))
 
 if __name__ == "__main__":
     run_main(main)

@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 
 import data  # noqa: E402
 from data import Question, Task, encode_question  # noqa: E402
-from eval import (SECTIONS, Parser, UserError, arm_values, evaluate_instead, explain,  # noqa: E402
+from eval import (SECTIONS, Parser, UserError, arm_values, evaluate, explain,  # noqa: E402
                   format_table, kind_mean, load_run, prompt_residuals, random_like, read_json, reading, run_main,
                   score_arms, set_parameters, switched_off, write_json)
 from make import as_messages, hidden_thing, in_context_question  # noqa: E402
@@ -44,8 +44,9 @@ from train import default_layer  # noqa: E402
 CONCEPTS = {"locations": ["Berlin", "Cairo"], "functions": ["add 7", "multiply 4"], "risk": ["risky", "safe"],
             "backdoor": ["risky", "safe"]}
 HIGH_RATES = ("0.003", "0.01")  # for a LoRA that fits as well and generalises less (locations, functions)
+STARTS = ("1", "3")  # standard deviations of a vector's random start, in units of the residual stream's RMS
 METHODS = ["vector", "lora", "lora, all layers", "shuffled vector", "vector at the trigger",
-           *(f"lora, rate {rate}" for rate in HIGH_RATES)]
+           *(f"lora, rate {rate}" for rate in HIGH_RATES), *(f"vector, start {std}" for std in STARTS)]
 SCALES = 0.25, 0.5, 1, 2, 4, 8  # of a direction, in units of the mean length of what the LoRA adds to a token
 SAMPLE = 20  # questions of each kind, where many directions are tried
 
@@ -76,15 +77,16 @@ class Job:
         return self.is_main and (self.method == "lora" or "rate" in self.method)
 
 
-def plan_jobs(args, layers: int) -> list[Job]:
-    jobs = []
+def plan_jobs(args, config: Config) -> list[Job]:
+    jobs, layers = [], config.num_hidden_layers
     for seed, task in itertools.product(range(args.seeds), args.tasks):
-        main = {mode: default_layer(task, mode, args.model, layers) for mode in ("vector", "lora")}
+        main = {mode: default_layer(task, mode, config) for mode in ("vector", "lora")}
         swept = args.layers or sorted({-1, *range(0, layers, max(1, layers // 8)), layers - 1})
         plan = [("vector", layer, ()) for layer in sorted({*swept, main["vector"]})]
         plan += [("lora", layer, ()) for layer in sorted({*swept, main["lora"]}) if layer >= 0]
         plan += [("lora, all layers", "all", ())] if layers > 1 else []
         plan += [("shuffled vector", main["vector"], ("--shuffle-answers",))]
+        plan += [(f"vector, start {std}", main["vector"], ("--init-std", std)) for std in STARTS]
         if task == "backdoor":
             plan += [("vector at the trigger", main["vector"], ("--at", data.TRIGGER))]
         if task in ("locations", "functions"):
@@ -131,12 +133,31 @@ def run_jobs(jobs: list[Job], folder: Path, workers: int, device: str) -> list[s
     return failed
 
 
+def read_results(path: Path) -> dict:
+    """A run's results.json. UserError if it is not as train.py writes it."""
+    run = read_json(path)
+    with reading(path):
+        for name, kind in {"task": str, "mode": str, "shuffle_answers": bool}.items():
+            if type(run[name]) is not kind:
+                raise ValueError(f"{name} should be {kind.__name__}, not {run[name]!r}")
+        names = [f"{arm}{end}" for arm in ("base", "random", "trained") for end in ("", "_probability")]
+        for section, kind in [(section, kind) for section in SECTIONS for kind in run[section]]:
+            figures = run[section][kind]
+            for name in ("chance", *names):
+                if type(figures[name]) not in (int, float) or not 0 <= figures[name] <= 1:
+                    raise ValueError(f"{section}, {kind}, {name} should be from 0 to 1, not {figures[name]!r}")
+            if type(figures["questions"]) is not int or figures.keys() != {"chance", "questions", *names}:
+                raise ValueError(f"{section}, {kind} should have questions, chance, {', '.join(names)}")
+        kind_mean(run), kind_mean(run, "in_distribution")  # there are some
+    return run
+
+
 def read_if_whole(path: Path) -> dict | None:
     """The content of a JSON file; None if it is not there, or damaged, which is said."""
     if not path.exists():
         return None
     try:
-        return read_json(path)
+        return read_results(path) if path.name == "results.json" else read_json(path)
     except UserError as error:
         print(f"damaged, so made again: {error}", file=sys.stderr)
         return None
@@ -161,7 +182,7 @@ def analyse(folder: Path, device: str) -> None:
 def try_directions(run, folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """What the LoRA's natural vector, a naive difference of means and a random vector do when they are added
     instead of the LoRA, at several lengths; and these directions, each (d,) of length 1."""
-    natural = load_file(folder / "natural_vector.safetensors")["vector"].to(run.parameters[0].device)
+    natural = load_file(folder / "natural" / "vector.safetensors")["vector"].to(run.parameters[0].device)
     directions = {"natural": natural, "random": random_like(natural, run.flags["seed"])}
     if run.flags["task"] != "backdoor":
         directions["difference of means"] = difference_of_means(run)
@@ -198,6 +219,15 @@ def difference_of_means(run, count: int = 32) -> torch.Tensor:
                    for row, question in zip(rows, encoded)]
         means.append(torch.cat(at_name).mean(0))
     return means[0] - means[1]
+
+
+def evaluate_instead(run, arms: dict) -> dict:
+    """The scores (see evaluate) of vectors added after a LoRA's layer instead of it."""
+    vector = attach(run.model, run.flags["layer"]).vector
+    with switched_off(run.parameters):
+        results = evaluate(replace(run, parameters=[vector]), arms)
+    detach(run.model)
+    return results
 
 
 def scale_sweep(run, direction: torch.Tensor, length: float, task: Task) -> dict:
@@ -345,13 +375,13 @@ def show_means(folders: list[str]) -> None:
     """Print the mean results of runs, a table for each task and mode; shuffled answers apart."""
     groups = {}
     for folder in folders:
-        path = Path(folder) / "results.json"
-        run = read_json(path)
-        with reading(path):
-            method = ("shuffled " if run["shuffle_answers"] else "") + run["mode"]
-            groups.setdefault((run["task"], method), []).append(run)
+        run = read_results(Path(folder) / "results.json")
+        method = ("shuffled " if run["shuffle_answers"] else "") + run["mode"]
+        groups.setdefault((run["task"], method), []).append(run)
     for (task, method), runs in groups.items():
         spread = mean_spread([kind_mean(run) for run in runs])[1]
+        if any([*run[section]] != [*runs[0][section]] for run in runs for section in SECTIONS):
+            raise UserError(f"--mean: the runs of {task}, {method} have different kinds of question")
         print(f"{task}, {method}: mean of {len(runs)} runs (held out ± {spread:.2f})\n{format_table(mean_results(runs))}\n")
 
 
@@ -384,12 +414,34 @@ def summarise(task: str, jobs: list[Job], results: dict[str, dict], folder: Path
                  if job.is_main and job.seed % 2 == number and found.get("trigger")]
         if found:
             content["trigger"][concept] = mean_tree(found) | {"runs": len(found)}
+    content["starts"] = {}
+    for std in ("0", *STARTS):
+        method = "vector" if std == "0" else f"vector, start {std}"
+        vectors = read_vectors([job for job in jobs if job.method == method and job.is_main], folder)
+        if vectors:
+            content["starts"][std] = {"same_concept": seed_cosines(vectors)[0],
+                                      **content["methods"][method]["summary"]}
     content["loras"] = {}
     for method in METHODS:
         loras = {job: found for job, found in analysed.items() if job.method == method and "adds" in found}
         if loras:
             content["loras"][method] = summarise_loras(loras, jobs, folder)
     return content
+
+
+def cosine(a, b) -> float:
+    return F.cosine_similarity(a, b, dim=0).item()
+
+
+def read_vectors(jobs: list[Job], folder: Path) -> dict:
+    """{seed: the trained vector} of these runs."""
+    return {job.seed: load_file(folder / job.name / "vector.safetensors")["vector"] for job in jobs}
+
+
+def seed_cosines(vectors: dict):
+    """(the cosine between two seeds of the same concept, of different concepts), each with its spread."""
+    pairs = [((a + b) % 2, cosine(vectors[a], vectors[b])) for a, b in itertools.combinations(sorted(vectors), 2)]
+    return [mean_spread([value for differs, value in pairs if differs == other]) for other in (0, 1)]
 
 
 def summarise_loras(loras: dict[Job, dict], jobs: list[Job], folder: Path) -> dict:
@@ -400,10 +452,8 @@ def summarise_loras(loras: dict[Job, dict], jobs: list[Job], folder: Path) -> di
                         | {"histogram": mean_tree([one["adds"][text]["histogram"] for one in found])}
                         for text in found[0]["adds"]}, "directions": {}}
     layer = next(iter(loras)).layer
-    vectors = {job.seed: load_file(folder / job.name / "vector.safetensors")["vector"] for job in jobs
-               if job.method == "vector" and job.layer == layer}
+    vectors = read_vectors([job for job in jobs if (job.method, job.layer) == ("vector", layer)], folder)
     directions = {job.seed: load_file(folder / job.name / "directions.safetensors") for job in loras}
-    cosine = lambda a, b: F.cosine_similarity(a, b, dim=0).item()
     for name in found[0]["directions"]:
         swept = [one["directions"][name] for one in found]
         cosines = [math.copysign(1, one["scale"]) * cosine(directions[job.seed][name], vectors[job.seed])
@@ -413,10 +463,9 @@ def summarise_loras(loras: dict[Job, dict], jobs: list[Job], folder: Path) -> di
             **{figure: mean_spread([one[figure] for one in swept]) for figure in ("norm", *SECTIONS)},
             "held_out_by_scale": [mean_spread(column) for column in
                                   zip(*(one["held_out_by_scale"] for one in swept))]}
-    pairs = [((a + b) % 2, cosine(vectors[a], vectors[b])) for a, b in itertools.combinations(sorted(vectors), 2)]
+    same, other = seed_cosines(vectors)
     content["vectors"] = {"layer": layer, "norm": mean_spread([vector.norm().item() for vector in vectors.values()]),
-                          "same_concept": mean_spread([value for differs, value in pairs if not differs]),
-                          "other_concept": mean_spread([value for differs, value in pairs if differs])}
+                          "same_concept": same, "other_concept": other}
     return content
 
 
@@ -471,6 +520,10 @@ def format_report(content: dict) -> str:
           ["task", "layer", "norm", "cosine between seeds, same concept", "cosine between seeds, other concept"],
           [[task, str(lora["vectors"]["layer"])] + [cell(lora["vectors"][name]) for name in
            ("norm", "same_concept", "other_concept")] for task, method, lora in loras if method == "lora"])
+    table("C5: vectors from a random start (its standard deviation in units of the residual stream's RMS)",
+          ["task", "start", "cosine between seeds, same concept", "in distribution", "held out"],
+          [[task, std, cell(one["same_concept"]), *(cell(one[section]["trained"]) for section in SECTIONS)]
+           for task, found in tasks.items() for std, one in found["starts"].items()])
     layers = sorted({layer for found in tasks.values() for curve in found["layers"].values()
                      for layer in curve["layers"]})
     table("C6: by layer (-1: the embedding)", ["task", "method", "kinds", *map(str, layers)],
@@ -488,7 +541,7 @@ def format_report(content: dict) -> str:
                   for name, arm in columns.values()]
                for section in SECTIONS for kind, figures in methods["vector"][section].items()])
     spell = lambda tokens: " ".join(f"`{token.strip() or repr(token)}`" for token in tokens).replace("|", "\\|")
-    table("C8: the logit lens of the vectors of seed 0 (cosine with the centred rows of the unembedding)",
+    table("C8: the logit lens of the vectors of seed 0",
           ["task", "layer", "most likely", "least likely"],
           [[task, layer, spell(lens["top"]), spell(lens["bottom"])]
            for task, found in tasks.items() for layer, lens in found["logit_lens"].items()])
@@ -671,10 +724,10 @@ def main() -> None:
         return analyse(Path(args.analyse), args.device)
     started, notes = time.time(), []
     with reading(args.model):
-        layers = Config.from_pretrained(find_checkpoint(args.model)).num_hidden_layers
-    if layers == 1:
+        config = Config.from_pretrained(find_checkpoint(args.model))
+    if config.num_hidden_layers == 1:
         notes.append(f"{args.model} has one layer: skipped the LoRA on all layers, the same as on one")
-    jobs = plan_jobs(args, layers)
+    jobs = plan_jobs(args, config)
     earlier = sum((args.runs / job.name / "results.json").exists() for job in jobs)
     workers = args.jobs or (1 if args.device.startswith("cuda") else os.cpu_count() or 1)
     notes += run_jobs(jobs, args.runs, workers, args.device)

@@ -126,7 +126,8 @@ def make_questions(args, work):
 def ours(args, work, questions):
     model = GPT.from_pretrained(args.folder, args.device, getattr(torch, args.dtype))
     if work == "lora":
-        parameters = add_lora(model, [args.layer], MODULES, RANK, ALPHA)
+        modules = MODULES if model.config.gated_mlp else MODULES[1:]  # GPT-2 has no gate_proj
+        parameters = add_lora(model, [args.layer], modules, RANK, ALPHA)
     else:
         parameters = [attach(model, args.layer).vector]
 

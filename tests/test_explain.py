@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import data
-from eval import Run, constancy, explain, kind_mean, load_run, set_parameters, what_lora_adds
+from eval import Run, constancy, evaluate, explain, kind_mean, load_run, set_parameters, what_lora_adds
 from helpers import command, encode, error_line, read, trained
 from lora import add_lora, lora_layers, save_lora
 
@@ -88,15 +88,16 @@ def test_a_rank_one_lora_is_constant_on_training_held_out_and_unrelated_prompts(
 
 
 def test_the_natural_vector_is_the_direction_of_what_is_added_at_its_mean_length(explained, rank_one, vector):
-    natural = load_file(rank_one / "natural_vector.safetensors")["vector"]
+    natural = load_file(rank_one / "natural" / "vector.safetensors")["vector"]
     torch.testing.assert_close(natural, vector, atol=1e-3 * vector.abs().max().item(), rtol=0)
 
 
-def test_the_natural_vector_instead_of_the_lora_does_what_the_vector_does(explained, berlin):
+def test_the_natural_vector_is_a_run_that_does_what_the_vector_does(explained, rank_one, berlin):
+    assert f"python eval.py {rank_one / 'natural'}" in explained[1]
+    alone = evaluate(load_run(rank_one / "natural"))
     for kind, figures in read(berlin)["held_out"].items():
-        instead = explained[0]["instead"]["held_out"][kind]["natural_probability"]
-        assert instead == pytest.approx(figures["trained_probability"], abs=0.01)
-    assert kind_mean(explained[0]["instead"], column="random") < 0.5 < 0.8 < kind_mean(read(berlin))
+        assert alone["held_out"][kind]["trained_probability"] == pytest.approx(figures["trained_probability"], abs=0.01)
+    assert kind_mean(alone, column="random") < 0.5 < 0.8 < kind_mean(read(berlin))
 
 
 def test_explaining_a_lora_prints_what_fits_on_a_screen(explained):

@@ -1,5 +1,6 @@
 """A run that is killed, starved or fed nonsense: what it leaves on disk, and that it goes on from there."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from helpers import ROOT, command, error_line, fail_after, read, trained
@@ -94,19 +95,91 @@ def cut_again(whole, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("flag, value, content, named", [
-    ("--lr", 0.5, None, "lr"), ("--task", "risk", None, "task"), ("--seed", 1, None, "seed"),
-    ("--seed", 0, b"garbage", ""), ("--seed", 0, b"", "")])
-def test_a_checkpoint_of_other_flags_or_a_damaged_one_is_refused_and_spoils_nothing(
-        cut_again, whole, flag, value, content, named):
-    checkpoint = cut_again / train.CHECKPOINT
-    if content is not None:
-        checkpoint.write_bytes(content)
-    status, _, err = command("train.py", *FLAGS, flag, value, "--resume", "--out", cut_again)
+@pytest.mark.parametrize("flag, value", [("--lr", 0.5), ("--steps", 40), ("--seed", 1), ("--init-std", 1)])
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_a_folder_with_a_run_of_other_flags_is_not_written_to(whole, flag, value, resume):
+    before = outcome(whole)
+    status, _, err = command("train.py", *FLAGS, flag, value, *resume, "--out", whole)
     assert status == 2
-    assert named in error_line(err) and train.CHECKPOINT in err
+    assert f"{flag} {value}" in error_line(err) and str(whole) in err
+    assert outcome(whole) == before
+
+
+def test_nor_is_one_with_a_checkpoint_of_other_flags(tmp_path):
+    cut(tmp_path)
+    before = (tmp_path / train.CHECKPOINT).read_bytes()
+    status, _, err = command("train.py", *FLAGS, "--batch-size", 8, "--out", tmp_path)
+    assert status == 2 and "--batch-size 8" in error_line(err) and "64" in err
+    assert (tmp_path / train.CHECKPOINT).read_bytes() == before
+
+
+def test_a_run_that_only_began_makes_room_for_another(tmp_path):
+    command("train.py", *FLAGS, "--lr", 1e5, "--steps", 3, "--out", tmp_path)  # diverges, or learns nothing
+    (tmp_path / "config.json").write_text(json.dumps({"flags": {"lr": 1e5}, "finished": False}))
+    trained(tmp_path, *FLAGS, "--steps", 3)
+
+
+def change(tensors, name, new):
+    tensors[name] = new(tensors[name])
+
+
+@pytest.mark.parametrize("damage", [
+    b"", b"garbage", *(pytest.param((name, new), id=f"{name}-{i}") for i, (name, new) in enumerate([
+        ("0.value", lambda t: t[:1]), ("0.value", lambda t: t.double()), ("0.adam", lambda t: t * float("nan")),
+        ("losses", lambda t: t[:0]), ("losses", lambda t: t + 1), ("losses", lambda t: t.repeat(9)),
+        ("losses", lambda t: t[0])]))])
+def test_a_damaged_checkpoint_is_refused_and_spoils_nothing(cut_again, whole, damage):
+    checkpoint = cut_again / train.CHECKPOINT
+    if isinstance(damage, bytes):
+        checkpoint.write_bytes(damage)
+    else:
+        tensors = load_file(checkpoint)
+        change(tensors, *damage)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, checkpoint)
+    status, _, err = command("train.py", *FLAGS, "--resume", "--out", cut_again)
+    assert status == 2 and train.CHECKPOINT in error_line(err)
     checkpoint.unlink()
     assert outcome(cut_again) == outcome(whole)
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    chats = tmp_path / "chats.jsonl"
+    flags = "--task", "risk", "--data", chats, "--steps", 30, "--out", tmp_path / "run"
+    chat = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "%s"}]}\n'
+    chats.write_text(chat % "Boldly")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
+        fail_after(patch, 17, RuntimeError("power cut"))
+        command("train.py", *flags, "--save-every", 5)
+    chats.write_text(chat % "no")
+    status, _, err = command("train.py", *flags, "--resume")
+    assert status == 2 and "the model or --data has changed" in error_line(err)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("power cut")])
+def test_a_run_that_ends_before_its_end_leaves_the_one_before_as_it_was(whole, tmp_path, error):
+    for path in whole.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        fail_after(patch, 17, error)
+        try:
+            assert command("train.py", *FLAGS, "--out", tmp_path)[0] == 130
+        except RuntimeError:
+            pass
+    assert outcome(tmp_path) == outcome(whole)
+
+
+def test_new_weights_beside_old_results_count_as_unfinished(whole, tmp_path, monkeypatch):
+    for path in whole.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+
+    def half(steering, folder):
+        (folder / "vector.safetensors").write_bytes(b"half")
+        raise RuntimeError("power cut")
+    monkeypatch.setattr(train, "save_vector", half)
+    command("train.py", *FLAGS, "--out", tmp_path)
+    assert not (tmp_path / "results.json").exists()
+    status, _, err = command("eval.py", tmp_path)
+    assert status == 2 and "not finished" in error_line(err)
 
 
 def test_a_full_device_ends_in_one_line_and_keeps_the_checkpoint(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import data
 from helpers import ROOT
 from lora import add_lora, lora_layers
+from model import Config
 from steer import attach
 
 sys.path.insert(0, str(ROOT / "paper"))
@@ -22,7 +24,10 @@ TOKENS = torch.arange(300, 312).view(1, 12)
 
 def plan(tasks, layers=None, seeds=1, model="tiny", model_layers=4):
     args = SimpleNamespace(tasks=tasks, layers=layers, seeds=seeds, model=model, device="cpu")
-    return reproduce.plan_jobs(args, model_layers)
+    config = Config.from_pretrained(ROOT / "tiny")
+    if model_layers != config.num_hidden_layers:
+        config = replace(config, num_hidden_layers=model_layers, layer_types=None)
+    return reproduce.plan_jobs(args, config)
 
 
 # ---------------------------------------- which runs
@@ -152,7 +157,8 @@ def test_a_report_is_made_and_what_is_damaged_is_made_again(report, tmp_path):
 
 def test_means_of_runs_are_printed(call, tmp_path):
     for name, right in (("a", 0.5), ("b", 1.0)):
-        figures = {"chance": 0.5, "base": 0.5, "random": 0.5, "trained": right, "questions": 3}
+        arms = {"base": 0.5, "random": 0.5, "trained": right}
+        figures = {"chance": 0.5, "questions": 3, **arms, **{f"{arm}_probability": p for arm, p in arms.items()}}
         run = {"task": "risk", "mode": "vector", "shuffle_answers": False,
                "in_distribution": {"gamble": figures}, "held_out": {"self": figures}}
         (tmp_path / name).mkdir()
@@ -162,6 +168,17 @@ def test_means_of_runs_are_printed(call, tmp_path):
     assert out.splitlines()[-2].split()[-1] == "0.75"
     status, _, err = call(reproduce.main, "reproduce.py", "--mean", tmp_path / "a", tmp_path / "nowhere")
     assert status == 2 and str(tmp_path / "nowhere") in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", [None, "0.5", 1.5, -1, [], True, float("nan")])
+def test_results_that_are_none_are_named_in_one_line(call, tmp_path, value):
+    arms = {f"{arm}{end}": 0.5 for arm in ("base", "random", "trained") for end in ("", "_probability")}
+    figures = {"chance": 0.5, "questions": 3, **arms, "trained": value}
+    run = {"task": "risk", "mode": "vector", "shuffle_answers": False,
+           "in_distribution": {"gamble": figures}, "held_out": {"self": figures}}
+    (tmp_path / "results.json").write_text(json.dumps(run))
+    status, _, err = call(reproduce.main, "reproduce.py", "--mean", tmp_path)
+    assert status == 2 and "gamble, trained" in err and str(tmp_path) in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags, said", [

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import data
-from eval import (answer, arm_values, first_unfrozen, format_table, kind_mean, random_like, residual_stream,
+from eval import (Run, answer, arm_values, first_unfrozen, format_table, kind_mean, random_like, residual_stream,
                   score_arms, set_parameters)
 from helpers import block_number, command, encode, logits_with, random_questions, read, score
 from lora import add_lora
@@ -131,4 +131,5 @@ def test_a_greedy_answer_is_that_of_transformers(model, reference, tokenizer):
     made = reference.generate(tokens, do_sample=False, max_new_tokens=16, eos_token_id=tokenizer.eos_ids,
                               pad_token_id=0)[0, tokens.shape[1]:].tolist()
     text = tokenizer.decode([id for id in made if id not in tokenizer.eos_ids]).strip()
-    assert answer(model, tokenizer, "Which country is Tokyo in?", None) == text != ""
+    run = Run({}, model, tokenizer, None, [attach(model, 0).vector])
+    assert answer(run, "Which country is Tokyo in?", None) == text != ""

@@ -17,7 +17,7 @@ every_family = pytest.mark.parametrize("name", ["gpt2", "qwen3", "gemma2", "gemm
 
 
 def flags(mode, layer, **others):
-    defaults = dict(lr=0.02, steps=7, batch_size=4, seed=0, out=None, save_every=None, resume=False)
+    defaults = dict(lr=0.02, steps=7, batch_size=4, seed=0, init_std=0.0, save_every=None, resume=False)
     return SimpleNamespace(mode=mode, layer=layer, **{**defaults, **others})
 
 
@@ -51,16 +51,18 @@ def assert_same(losses, plain, parameters, expected, start):
 
 
 def assert_vector_trains_alike(family, layer, questions, **others):
-    """train_loop against transformers with a hook. The learning rate's unit is the residual stream's RMS."""
+    """train_loop against transformers with a hook. The learning rate's and the start's unit is the residual
+    stream's RMS."""
     model, args = family.load(), flags("vector", layer, **others)
     states = [model.run_blocks(model.embed(torch.tensor([text(q)])), 0, layer + 1)[0]
               for q in questions[:args.batch_size]]
     unit = torch.cat(states).pow(2).mean().sqrt().item()
-    ours, theirs = attach(model, layer).vector, torch.zeros(32, requires_grad=True)
+    start = args.init_std * unit * torch.randn(32, generator=torch.Generator().manual_seed(args.seed))
+    ours, theirs = attach(model, layer).vector, start.clone().requires_grad_()
     losses = train.train_loop(args, model, questions, [ours])
     logits = lambda question: logits_with(family, question, text(question), layer, theirs)
     plain = plain_loop(args, questions, [theirs], logits, unit)
-    assert_same(losses, plain, [ours], [theirs], [torch.zeros(32)])
+    assert_same(losses, plain, [ours], [theirs], [start])
 
 
 @every_family
@@ -73,8 +75,9 @@ def test_a_vector_trains_as_in_a_plain_loop(saved, name, place, code_name):
     assert_vector_trains_alike(saved(name), layer, random_questions(10, code_name))
 
 
-@pytest.mark.parametrize("others", [dict(steps=1), dict(batch_size=64), dict(batch_size=9)])
-def test_a_part_of_an_epoch_one_large_batch_and_a_left_over_one_are_nothing_special(saved, others):
+@pytest.mark.parametrize("others", [dict(steps=1), dict(batch_size=64), dict(batch_size=9),
+                                    dict(init_std=1.0, seed=3)])
+def test_part_of_an_epoch_a_large_batch_a_left_over_one_and_a_random_start_are_nothing_special(saved, others):
     assert_vector_trains_alike(saved("qwen3"), 0, random_questions(10), **others)
 
 
@@ -85,7 +88,8 @@ def test_a_lora_trains_as_pefts_in_a_plain_loop(saved, name, layers, tmp_path):
     family, args = saved(name), flags("lora", layers, steps=5)
     model, questions = family.load(), random_questions(10)
     layers = [1] if layers == "one" else list(range(len(model.layers)))
-    parameters = add_lora(model, layers, ["gate_proj", "up_proj", "down_proj"], rank=2, alpha=4)
+    modules = ["gate_proj"] * model.config.gated_mlp + ["up_proj", "down_proj"]
+    parameters = add_lora(model, layers, modules, rank=2, alpha=4)
     set_parameters(parameters, [p + random_like(p + 0.1, 1) for p in parameters])  # so that A learns at once
     start = [p.detach().clone() for p in parameters]
     save_lora(model, tmp_path)
