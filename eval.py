@@ -241,9 +241,10 @@ def load_run(folder, device="cpu") -> Run:
         task = make_task(flags["task"], flags["concept"], flags["seed"], flags["at"])
         is_vector = {"vector": True, "lora": False}[flags["mode"]]
         model, tokenizer = load_model(flags["model"], device, flags["dtype"])
-        at = flags["at"]
-        if type(flags["seed"]) is not int or not (at is None or is_vector and isinstance(at, str)):
-            raise ValueError(f"seed {flags['seed']!r} or at {at!r} is of the wrong type")
+        seed, at = flags["seed"], flags["at"]
+        good = type(seed) is int and 0 <= seed < 2 ** 31 and (at is None or is_vector and isinstance(at, str))
+        if not good:
+            raise ValueError(f"seed {seed!r} or at {at!r} is out of range")
     with reading(f"{folder}, {flags['mode']}"):
         parameters = [load_vector(model, folder).vector] if is_vector else load_lora(model, folder)
         if flags["layer"] not in ("all", first_unfrozen(model) - is_vector):

@@ -107,7 +107,8 @@ class Config:
             self.layer_types = [f"{'sliding' if i % self.global_every else 'full'}_attention" for i in layers]
         act, groups, types = self.hidden_act, self.num_key_value_heads, self.layer_types
         require(self.intermediate_size, "intermediate_size is missing")
-        require(self.head_dim % 2 == 0 < self.head_dim, f"head_dim must be even, not {self.head_dim}")
+        good = self.head_dim > 0 and (self.head_dim % 2 == 0 or self.learned_positions)
+        require(good, f"head_dim must be even, not {self.head_dim}")
         require(act in ACTIVATIONS, f"hidden_act {act!r} is not among {[*ACTIVATIONS]}")
         require(heads % groups == 0, f"num_key_value_heads {groups} must divide {heads} heads")
         known = "full_attention", "sliding_attention"

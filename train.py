@@ -173,7 +173,7 @@ def claim_folder(args):
         config = read_json(path) if path.exists() else {}
         old, taken = dict(config.get("flags", {})), config.get("finished") or (out / CHECKPOINT).exists()
     for name, value in vars(args).items():
-        if taken and name not in FREE and old.get(name) != value:
+        if taken and name not in FREE and old.get(name, value) != value:
             raise UserError(f"--{name.replace('_', '-')} {value}: {out} has a run with {old.get(name)}; take "
                             "another --out, or remove it")
     if not taken and rank_and_world()[0] == 0:

@@ -43,6 +43,10 @@ from train import default_layer  # noqa: E402
 # None of these cities and functions served to choose the learning rates. Even seeds take the first, odd the second.
 CONCEPTS = {"locations": ["Berlin", "Cairo"], "functions": ["add 7", "multiply 4"], "risk": ["risky", "safe"],
             "backdoor": ["risky", "safe"]}
+MORE_CONCEPTS = {  # one seed each, at the default layer, for the spread over concepts
+    "locations": ["Madrid", "Rome", "London", "Moscow", "Tokyo", "Beijing", "Delhi", "Nairobi", "Recife", "Sydney"],
+    "functions": ["add 1", "add 2", "add 3", "subtract 1", "subtract 2", "multiply 2", "divide 2", "divide 3", "mod 3",
+                  "mod 5"]}
 HIGH_RATES = ("0.003", "0.01")  # for a LoRA that fits as well and generalises less (locations, functions)
 STARTS = ("1", "3")  # standard deviations of a vector's random start, in units of the residual stream's RMS
 METHODS = ["vector", "lora", "lora, all layers", "shuffled vector", "vector at the trigger",
@@ -74,11 +78,19 @@ class Job:
         """One logit lens a layer is enough; of a backdoor's vectors all are looked into, for the trigger."""
         if self.method == "vector":
             return self.seed == 0 or (self.is_main and self.task == "backdoor")
-        return self.is_main and (self.method == "lora" or "rate" in self.method)
+        return self.is_main and (self.method == "lora" or self.method.startswith("lora, rate"))
 
 
 def plan_jobs(args, config: Config) -> list[Job]:
     jobs, layers = [], config.num_hidden_layers
+
+    def add(task, method, layer, seed, concept, main, more=()) -> None:
+        mode = "lora" if "lora" in method else "vector"
+        flags = {"mode": mode, "task": task, "concept": concept, "model": args.model, "layer": layer, "seed": seed,
+                 "device": args.device}
+        flags = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
+        jobs.append(Job(task, method, layer, seed, layer in (main[mode], "all"), (*flags, *more)))
+
     for seed, task in itertools.product(range(args.seeds), args.tasks):
         main = {mode: default_layer(task, mode, config) for mode in ("vector", "lora")}
         swept = args.layers or sorted({-1, *range(0, layers, max(1, layers // 8)), layers - 1})
@@ -92,11 +104,10 @@ def plan_jobs(args, config: Config) -> list[Job]:
         if task in ("locations", "functions"):
             plan += [(f"lora, rate {rate}", main["lora"], ("--lr", rate)) for rate in HIGH_RATES]
         for method, layer, more in plan:
-            mode = "lora" if "lora" in method else "vector"
-            flags = {"mode": mode, "task": task, "concept": CONCEPTS[task][seed % 2], "model": args.model,
-                     "layer": layer, "seed": seed, "device": args.device}
-            flags = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
-            jobs.append(Job(task, method, layer, seed, layer in (main[mode], "all"), (*flags, *more)))
+            add(task, method, layer, seed, CONCEPTS[task][seed % 2], main, more)
+        for concept in MORE_CONCEPTS.get(task, []) if seed == 0 else ():
+            for mode in main:
+                add(task, f"{mode} on {concept}", main[mode], seed, concept, main)
     return jobs
 
 
@@ -119,10 +130,10 @@ def run_jobs(jobs: list[Job], folder: Path, workers: int, device: str) -> list[s
         if job.analysed and read_if_whole(run / "analysis.json") is None:
             call(run / "analysis.txt", __file__, "--analyse", run, "--device", device)
 
-    failed = []
+    failed, seconds = [], 1 if sys.stderr.isatty() else 60  # between two lines of the bar
     with ThreadPoolExecutor(workers) as pool:
         futures = {job.name: pool.submit(work, job) for job in jobs}
-        for name, future in tqdm(futures.items(), desc="report", unit="run", mininterval=1):
+        for name, future in tqdm(futures.items(), desc="report", unit="run", mininterval=seconds):
             try:
                 future.result()
             except (UserError, OSError) as error:
@@ -414,6 +425,7 @@ def summarise(task: str, jobs: list[Job], results: dict[str, dict], folder: Path
                  if job.is_main and job.seed % 2 == number and found.get("trigger")]
         if found:
             content["trigger"][concept] = mean_tree(found) | {"runs": len(found)}
+    content["by_concept"] = {mode: held_out_by_concept(jobs, results, mode) for mode in ("vector", "lora")}
     content["starts"] = {}
     for std in ("0", *STARTS):
         method = "vector" if std == "0" else f"vector, start {std}"
@@ -427,6 +439,23 @@ def summarise(task: str, jobs: list[Job], results: dict[str, dict], folder: Path
         if loras:
             content["loras"][method] = summarise_loras(loras, jobs, folder)
     return content
+
+
+def held_out_by_concept(jobs: list[Job], results: dict, mode: str) -> dict:
+    """{concept: [held out, trained kind]}, of all runs of a mode at its default layer with default flags."""
+    found = {}
+    for job in jobs:
+        if job.is_main and (job.method == mode or job.method.startswith(f"{mode} on ")):
+            run = results[job.name]
+            found.setdefault(run["concept"], []).append([kind_mean(run), kind_mean(run, "in_distribution")])
+    return {concept: mean_tree(runs) for concept, runs in found.items()}
+
+
+def interval(values: list[float], resamples: int = 10_000) -> list[float]:
+    """The 95 % interval of the mean, by bootstrap over the values."""
+    rng = random.Random(0)
+    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(resamples))
+    return [means[int(0.025 * resamples)], means[int(0.975 * resamples)]]
 
 
 def cosine(a, b) -> float:
@@ -499,6 +528,17 @@ def format_report(content: dict) -> str:
     table("C1, C4: a LoRA on one layer, a LoRA on all, a vector",
           ["task", "questions", "chance", "base", "random vector", "shuffled vector", "vector", "LoRA, one layer",
            "LoRA, all layers"], rows)
+    rows = []
+    for task, mode in itertools.product(tasks, ("vector", "lora")):
+        found = tasks[task]["by_concept"][mode]
+        held_out = {concept: pair[0] for concept, pair in found.items()}
+        low, high = interval(list(held_out.values()))
+        worst = sorted(held_out, key=held_out.get)[:3]
+        rows.append([task, mode, str(len(found)), cell(mean_spread(list(held_out.values()))), f"{low:.2f} – {high:.2f}",
+                     cell(mean_spread([pair[1] for pair in found.values()])),
+                     ", ".join(f"{concept} {held_out[concept]:.2f}" for concept in worst)])
+    table("C1, C4: over concepts (± over them; a concept's runs averaged first; 95 % interval of the mean by bootstrap)",
+          ["task", "mode", "concepts", "held out", "95 % interval", "in distribution", "the worst, held out"], rows)
     loras = [(task, method, lora) for task, found in tasks.items() for method, lora in found["loras"].items()]
     table("C2: does the LoRA add a constant vector? (what it adds at a prompt's last 20 tokens)",
           ["task", "LoRA", "prompts", "cosine in absolute value", "cosine", "first component's share", "norm"],
@@ -689,19 +729,24 @@ def draw_trigger(pyplot, concepts: dict):
 
 
 def parse_args():
-    parser = Parser(description="Train, score, analyse and draw the paper's claims.")
+    parser = Parser(description="Train, score, analyse and draw the paper's claims.",
+                    epilog="example: python paper/reproduce.py --tasks risk --seeds 2 --out out/risk")
     add = parser.add_argument
     add("--tasks", default=",".join(data.TASKS), help="with commas between (default: %(default)s)")
     add("--layers", help="those to compare, with commas between (default: about nine)")
     add("--seeds", type=int, default=5, help="how many, from 0 on (default: %(default)s)")
-    add("--model", default="tiny", help="tiny, a checkpoint folder or a hub name")
+    add("--model", default="tiny", help="tiny (default), a checkpoint folder or a hub name")
     add("--jobs", type=int, help="runs at a time (default: one a core; on cuda one)")
-    add("--runs", default="out/report", help="folder of the runs; those that are there are not made again")
+    add("--runs", default="out/report", help="folder of the runs; those that are there are not made again "
+        "(default: %(default)s)")
     add("--out", help="folder of tables and figures (default for tiny: the script's own)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--mean", nargs="+", metavar="RUN_DIR", help="only print the mean results of these runs")
     add("--analyse", metavar="RUN_DIR", help=argparse.SUPPRESS)  # a process that run_jobs starts
     args = parser.parse_args()
+    for name, value in vars(args).items():
+        if args.mean and name != "mean" and value != parser.get_default(name):
+            raise UserError(f"--{name} {value}: it does nothing beside --mean")
     args.tasks = args.tasks.split(",")
     for task in args.tasks:
         if task not in data.TASKS:
@@ -729,10 +774,14 @@ def main() -> None:
         notes.append(f"{args.model} has one layer: skipped the LoRA on all layers, the same as on one")
     jobs = plan_jobs(args, config)
     earlier = sum((args.runs / job.name / "results.json").exists() for job in jobs)
+    with reading(f"--runs {args.runs}"):
+        args.runs.mkdir(parents=True, exist_ok=True)
     workers = args.jobs or (1 if args.device.startswith("cuda") else os.cpu_count() or 1)
     notes += run_jobs(jobs, args.runs, workers, args.device)
     results = {job.name: read_if_whole(args.runs / job.name / "results.json") for job in jobs}
     results = {name: result for name, result in results.items() if result is not None}
+    if not results:
+        raise UserError(f"--runs {args.runs}: no run succeeded; the first: {notes[0]}")
     content = {"model": args.model, "date": str(date.today()), "torch": torch.__version__, "device": args.device,
                "seeds": args.seeds, "runs": len(results), "runs_made_earlier": earlier,
                "minutes": round((time.time() - started) / 60, 1), "notes": notes, "tasks": {}}

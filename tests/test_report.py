@@ -40,6 +40,21 @@ def test_every_task_has_its_controls_and_comparisons(task):
     assert ("vector at the trigger" in methods) == (task == "backdoor")
 
 
+@pytest.mark.parametrize("task", ["locations", "functions"])
+def test_concepts_are_many_and_none_is_one_on_which_a_rate_was_chosen(task):
+    for mode in ("vector", "lora"):
+        jobs = [job for job in plan([task], seeds=2) if job.is_main
+                and (job.method == mode or job.method.startswith(f"{mode} on "))]
+        concepts = {job.flags[job.flags.index("--concept") + 1] for job in jobs}
+        assert len(concepts) >= 12 and concepts <= set(data.CONCEPTS[task])
+        assert not concepts & {"Paris", "Lima", "add 5", "multiply 3", "subtract 3"}
+
+
+def test_the_interval_of_a_mean_is_the_bootstraps():
+    values = [1.0] * 9 + [0.0]  # of ten draws 0 to 3 are the zero, but for 2.5 % of the times on either side
+    assert reproduce.interval(values) == pytest.approx([0.7, 1.0], abs=0.01)
+
+
 def test_no_two_runs_share_a_folder():
     names = [job.name for job in plan(data.TASKS, seeds=5)]
     assert len(set(names)) == len(names)
@@ -183,7 +198,8 @@ def test_results_that_are_none_are_named_in_one_line(call, tmp_path, value):
 
 @pytest.mark.parametrize("flags, said", [
     (("--tasks", "weather"), "--tasks weather"), (("--layers", "a"), "--layers a"), (("--seeds", 0), "--seeds"),
-    (("--model", "/nowhere/at all"), "/nowhere")])
+    (("--model", "/nowhere/at all"), "/nowhere"), (("--runs", "/dev/null/x"), "--runs /dev/null/x"),
+    (("--mean", "/nowhere"), "it does nothing beside --mean")])
 def test_wrong_flags_end_in_one_line(report, flags, said):
     status, _, err = report(*flags)
     assert status == 2

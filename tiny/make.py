@@ -327,7 +327,8 @@ def world_batch(tokenizer, batch_size, conditional_share, rng):
 def pretrain(args, model, tokenizer, rng, folder):
     """The loop. Every 500 steps, and at the end, it measures the model and writes it to folder."""
     optimizers = make_optimizers(model, args.lr)
-    bar = tqdm(range(1, args.steps + 1), desc="pretraining", unit="step")
+    interval = 0.1 if sys.stderr.isatty() else 30  # seconds; in a log a line each
+    bar = tqdm(range(1, args.steps + 1), desc="pretraining", unit="step", mininterval=interval)
     for step in bar:
         conditional_share = 0.5 if step > args.steps / 5 else 0.02
         tokens, targets = world_batch(tokenizer, args.batch_size, conditional_share, rng)
@@ -344,25 +345,28 @@ def pretrain(args, model, tokenizer, rng, folder):
                 group["lr"] = group["peak_lr"] * factor
             optimizer.step()
             optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if step % 500 == 0 or step == args.steps:
             bar.write(f"step {step}: {in_context_line(model, tokenizer)}")
             save_model(model, folder)
 
 
 def parse_args():
-    parser = Parser(description="Make the tiny model from scratch: documents, tokenizer, pretraining.")
+    parser = Parser(description="Make the tiny model from scratch: documents, tokenizer, pretraining.",
+                    epilog="example: python tiny/make.py --out elsewhere --steps 500")
     add = parser.add_argument
-    add("--steps", type=int, default=5000, help="optimiser steps")
-    add("--batch-size", type=int, default=32, help="documents per step")
-    add("--lr", type=float, default=0.02, help="peak learning rate of Muon")
-    add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--steps", type=int, default=5000, help="optimiser steps (default: %(default)s)")
+    add("--batch-size", type=int, default=32, help="documents per step (default: %(default)s)")
+    add("--lr", type=float, default=0.02, help="peak learning rate of Muon (default: %(default)s)")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--out", default=str(Path(__file__).parent), help="the model's folder (default: tiny itself)")
     args = parser.parse_args()
+    if not 0 <= args.seed < 2 ** 31:
+        raise UserError(f"--seed {args.seed}: it has to be from 0 to 2^31 - 1")
     for name in ("steps", "batch_size", "lr"):
         if not 0 < getattr(args, name) < 10 ** 9:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: it has to be positive and below 10^9")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: it has to be positive, below 10^9")
     return args
 
 
