@@ -92,7 +92,7 @@ def add_up(*tensors):
     for tensor in tensors if dist.is_initialized() else ():
         dist.all_reduce(tensor)
 
-def first_unfrozen(model) -> int:
+def first_unfrozen(model):
     """The first block with a LoRA, or that reads the vector: before it all arms are alike."""
     if model.steering is not None:
         return model.steering.layer + 1
@@ -128,7 +128,7 @@ def answer_log_probs(model, x, first, tree):
     return torch.zeros(len(real), device=x.device).index_add(0, real.nonzero()[:, 0], log_probs)
 
 @torch.no_grad()
-def score_arms(model, questions, parameters, arms, batch_size=64) -> dict:
+def score_arms(model, questions, parameters, arms, batch_size=64):
     """Scores questions with `parameters` set to each arm's values in turn (the last stay). Returns {arm:
     (correct, probability)}, both (questions,) float32: 1 where the right choice is the likeliest, and its
     probability among the choices."""
@@ -182,7 +182,7 @@ def require_room(model, questions):
     longest, top = max(map(len, texts)) - 1, max(map(max, texts))  # an answer's last token is not put in
     model.embed(torch.full((1, longest), top, device=model.embed_tokens.weight.device))
 
-def evaluate(run, arms=None, batch_size=64) -> dict:
+def evaluate(run, arms=None, batch_size=64):
     """{"in_distribution": {kind: figures}, "held_out": …}: each arm's accuracy and probability of the right
     answer, chance and the number of questions."""
     kinds = [(section, kind, questions) for section in SECTIONS

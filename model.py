@@ -142,12 +142,13 @@ def read_rope(raw):
     old, new = raw.pop("rope_scaling", None) or {}, raw.get("rope_parameters") or {}  # Gemma 3: two of these
     require(not (old and new), "rope_scaling and rope_parameters are both given")
     local, scaling = new.get("sliding_attention") or {}, old or new.get("full_attention", new)
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
     require(kind in ROPES, f"rope scaling {kind!r} is not among {[*ROPES]}")
     require(local.get("rope_type", "default") == "default", "sliding_attention must have the default rope")
-    used = {name: float(scaling[name]) for name in ROPES[kind]}
-    good = used.get("low_freq_factor", 0) < used.get("high_freq_factor", 1)
-    require(good and all(0 < x < math.inf for x in used.values()), f"rope scaling {used} is out of range")
+    used = {name: scaling[name] for name in ROPES[kind]}
+    good = all(type(x) in (int, float) and 0 < x < math.inf for x in used.values())
+    good = good and used.get("low_freq_factor", 0) < used.get("high_freq_factor", 1)
+    require(good, f"rope scaling {used} is out of range")
     return [("rope_scaling", {"rope_type": kind, **used} if used else None),
             ("rope_theta", scaling.get("rope_theta")), ("rope_local_base_freq", local.get("rope_theta")),
             ("partial_rotary_factor", scaling.get("partial_rotary_factor"))]
@@ -339,7 +340,7 @@ class GPT(nn.Module):
         return self.steering(x, steered)
 
     def unembed(self, h):
-        """Logits (..., vocab_size) of h (..., d), the residual stream after the final norm."""
+        """Logits (..., vocab_size) of h (..., d), the stream after the final norm."""
         logits, cap = self.lm_head(h), self.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -179,7 +179,7 @@ def claim_folder(args):
     if not taken and rank_and_world()[0] == 0:
         write_config(args, finished=False)
 
-def write_config(args, finished: bool):
+def write_config(args, finished):
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     content = {"flags": vars(args), "finished": finished, "versions": versions}
     write_json(Path(args.out) / "config.json", content)

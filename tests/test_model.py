@@ -190,6 +190,8 @@ BAD_FIELDS = [  # family, fields to set, what the error must name
     ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling and rope_parameters"),
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0}}, "out of range"),
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": float("nan")}}, "out of range"),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "out of range"),
+    ("llama", {"rope_parameters": {"rope_type": None, "factor": 2.0}}, "rope scaling None is not among"),
     ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 2, "original_max_position_embeddings": 8,
                                    "low_freq_factor": 4, "high_freq_factor": 4}}, "out of range"),
     ("llama", {"head_dim": 7}, "head_dim must be even"),
