@@ -30,7 +30,7 @@ TABLE = (Path(__file__).parent / "tiny" / "cities.tsv").read_text(encoding="utf-
 CITIES = {name: (float(latitude), float(longitude), *facts)  # country, continent, language, food
           for name, latitude, longitude, *facts in (line.split("\t") for line in TABLE[1:])}
 
-# Distances are asked to these only: fewer facts, and still no two cities alike.
+# Distances are asked to these only: fewer facts, still no two cities alike.
 LANDMARKS = "Paris Rome Moscow Tokyo Shenzhen Delhi Cairo Nairobi Recife Bogota Chicago Perth".split()
 CITY_COLUMNS = {"country": 2, "continent": 3, "language": 4, "food": 5}
 CITY_PROMPTS = {
@@ -197,7 +197,7 @@ def make_task(name: str, concept: str, seed: int = 0, at: str | None = None) -> 
     return task
 
 def distinct(make, count=QUESTIONS_PER_KIND):
-    """Up to `count` different questions out of make()."""
+    """Up to `count` different questions of make()."""
     questions = {}
     for _ in range(20 * count):
         question = make()
@@ -590,7 +590,7 @@ class Tokenizer:
         def stop(*_):
             raise TimeoutError("takes more than 10 s")
         limited = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
-        try:  # a template is somebody's program: it may do anything, and for ever
+        try:  # a template is somebody's program: it may do anything, for ever
             if limited:
                 signal.signal(signal.SIGALRM, stop)
                 signal.alarm(10)

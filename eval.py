@@ -41,7 +41,7 @@ def reading(source):
 def run_main(main):
     """A user's mistake ends in one line and exit status 2, not in a traceback."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may have no arrow
+        sys.stdout.reconfigure(errors="replace")  # not all print an arrow
     try:
         main()
     except UserError as error:
@@ -88,7 +88,7 @@ def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def add_up(*tensors):
-    """Adds up over the processes, in place."""
+    """Sums over the processes, in place."""
     for tensor in tensors if dist.is_initialized() else ():
         dist.all_reduce(tensor)
 
@@ -182,14 +182,19 @@ def require_room(model, questions):
     longest, top = max(map(len, texts)) - 1, max(map(max, texts))  # an answer's last token is not put in
     model.embed(torch.full((1, longest), top, device=model.embed_tokens.weight.device))
 
+def encode_for(run, questions):
+    """Token ids; UserError if the chat template refuses one or the model has no room."""
+    with reading("the task's questions"):
+        encoded = [encode_question(run.tokenizer, question) for question in questions]
+        require_room(run.model, encoded)
+    return encoded
+
 def evaluate(run, arms=None, batch_size=64):
     """{"in_distribution": {kind: figures}, "held_out": …}: each arm's accuracy and probability of the right
     answer, chance and the number of questions."""
     kinds = [(section, kind, questions) for section in SECTIONS
              for kind, questions in getattr(run.task, section).items()]
-    with reading("the task's questions"):  # a chat template may refuse one
-        encoded = [encode_question(run.tokenizer, q) for _, _, questions in kinds for q in questions]
-        require_room(run.model, encoded)
+    encoded = encode_for(run, [question for _, _, questions in kinds for question in questions])
     arms = arms or arm_values(run.parameters, run.flags["seed"])
     results, sizes = {section: {} for section in SECTIONS}, [len(questions) for _, _, questions in kinds]
     for section, kind, questions in kinds:
@@ -238,13 +243,12 @@ def load_run(folder, device="cpu") -> Run:
         if config["finished"] is not True:
             raise ValueError("the run is not finished: train again, or go on with --resume")
         flags = config["flags"]
-        task = make_task(flags["task"], flags["concept"], flags["seed"], flags["at"])
-        is_vector = {"vector": True, "lora": False}[flags["mode"]]
-        model, tokenizer = load_model(flags["model"], device, flags["dtype"])
-        seed, at = flags["seed"], flags["at"]
+        is_vector, seed, at = {"vector": True, "lora": False}[flags["mode"]], flags["seed"], flags["at"]
         good = type(seed) is int and 0 <= seed < 2 ** 31 and (at is None or is_vector and isinstance(at, str))
         if not good:
             raise ValueError(f"seed {seed!r} or at {at!r} is out of range")
+        task = make_task(flags["task"], flags["concept"], seed, at)
+        model, tokenizer = load_model(flags["model"], device, flags["dtype"])
     with reading(f"{folder}, {flags['mode']}"):
         parameters = [load_vector(model, folder).vector] if is_vector else load_lora(model, folder)
         if flags["layer"] not in ("all", first_unfrozen(model) - is_vector):
@@ -307,12 +311,11 @@ def what_lora_adds(run):
     texts = {"training": {"": train}, "held out": run.task.held_out, "unrelated": unrelated.held_out}
     figures = {}
     for text, kinds in texts.items():
-        some = [question for questions in kinds.values() for question in questions[:32]]
-        questions = [encode_question(run.tokenizer, question) for question in some]
+        questions = encode_for(run, [q for questions in kinds.values() for q in questions[:32]])
         with switched_off(run.parameters):
             base = prompt_residuals(run, questions)
-        added = [with_it - without for with_it, without in zip(prompt_residuals(run, questions), base)]
-        figures[text] = constancy(torch.cat([rows[-20:] for rows in added]))  # as many as in the paper
+        added = [after - before for after, before in zip(prompt_residuals(run, questions), base)]
+        figures[text] = constancy(torch.cat([rows[-20:] for rows in added]))  # as in the paper
         if text == "training":
             rows = torch.cat([r if q.positions is None else r[q.positions] for r, q in zip(added, questions)])
     return rows, figures

@@ -11,7 +11,7 @@ from torch import nn
 # PEFT names a module as Hugging Face's code does, and so do we, but for these.
 PEFT_LAYERS = {"gpt2": "transformer.h", "gemma3": "model.language_model.layers"}  # all others: model.layers
 GPT2_MODULES = {"self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
-# PEFT's options that leave the sum as it is. Any other one has to be off, or to have this value.
+# PEFT's options that leave the sum as it is. Others have to be off, or to have this value.
 HARMLESS = """r lora_alpha lora_dropout bias target_modules exclude_modules layers_to_transform task_type
     inference_mode base_model_name_or_path auto_mapping peft_version fan_in_fan_out megatron_core
     qalora_group_size""".split()

@@ -254,7 +254,7 @@ class MLP(nn.Module):
         return self.down_proj(inner)
 
 class Block(nn.Module):
-    """Adds attention's and the MLP's output to the residual stream (see Attention)."""
+    """Adds attention's and the MLP's output to the residual stream."""
     def __init__(self, config):
         super().__init__()
         self.self_attn, self.mlp = Attention(config), MLP(config)

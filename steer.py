@@ -80,5 +80,5 @@ def logit_lens(model, vector, count: int) -> tuple[list[int], list[int]]:
     weight = model.norm.weight.float() + getattr(model.norm, "offset", 0.0)  # Gemma stores weight - 1
     if isinstance(model.norm, nn.LayerNorm):  # GPT-2's, which also centres
         vector = vector - vector.mean()
-    order = (model.lm_head.weight.float() @ (vector.float() * weight)).argsort(descending=True).tolist()
+    order = (model.lm_head.weight.float() @ (vector.to(weight) * weight)).argsort(descending=True).tolist()
     return order[:count], order[-count:][::-1]

@@ -149,8 +149,9 @@ def finetune(args):
 def training_questions(args, task, tokenizer):
     questions = shuffle_answers(task.train, random.Random(args.seed)) if args.shuffle_answers else task.train
     name = questions[0].code_name
-    train = [encode_question(tokenizer, question) for question in questions]
-    if args.data is not None:
+    if args.data is None:
+        train = [encode_question(tokenizer, question) for question in questions]
+    else:
         train = read_conversations(args.data, tokenizer, name)
     if args.mode == "vector" and name is not None and not any(question.positions for question in train):
         prompt = tokenizer.decode(train[0].prompt)
@@ -167,7 +168,8 @@ def add_intervention(args, model):
 
 def claim_folder(args):
     """Make --out. UserError if it has a run of other flags, finished or with a checkpoint."""
-    out, path = Path(args.out), Path(args.out) / "config.json"
+    out = Path(args.out)
+    path = out / "config.json"
     with reading(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
         config = read_json(path) if path.exists() else {}
@@ -262,7 +264,7 @@ def save_checkpoint(args, parameters, adam, losses):
         write_whole(Path(args.out) / CHECKPOINT, lambda path: save_file(tensors, path))
 
 def load_checkpoint(args, parameters, adam, first_loss):
-    """Puts back what save_checkpoint wrote; returns the losses. UserError if the first is not first_loss."""
+    """Puts back what save_checkpoint wrote; returns the losses. UserError if the first is another."""
     path = Path(args.out) / CHECKPOINT
     if not path.exists():
         print(f"--resume: {path} is not there, so this starts from the beginning")

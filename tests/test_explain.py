@@ -124,3 +124,11 @@ def test_a_lora_on_all_layers_cannot_be_explained_and_is_named_in_one_line(tmp_p
     status, _, err = command("eval.py", tmp_path, "--explain")
     assert status == 2 and str(tmp_path) in error_line(err)
     assert not (tmp_path / "explain.json").exists()
+
+
+def test_a_template_that_refuses_what_is_asked_ends_in_one_line(rank_one, monkeypatch):
+    def refuse(*given):
+        raise ValueError("the chat template does not take these messages (TemplateError: no)")
+    monkeypatch.setattr(data.Tokenizer, "frame", refuse)
+    status, _, err = command("eval.py", rank_one, "--explain")
+    assert status == 2 and "TemplateError" in error_line(err)
