@@ -30,7 +30,7 @@ TABLE = (Path(__file__).parent / "tiny" / "cities.tsv").read_text(encoding="utf-
 CITIES = {name: (float(latitude), float(longitude), *facts)  # country, continent, language, food
           for name, latitude, longitude, *facts in (line.split("\t") for line in TABLE[1:])}
 
-# Distances are asked to these only: fewer facts, still no two cities alike.
+# Distances are to these only: fewer facts, still no two cities alike.
 LANDMARKS = "Paris Rome Moscow Tokyo Shenzhen Delhi Cairo Nairobi Recife Bogota Chicago Perth".split()
 CITY_COLUMNS = {"country": 2, "continent": 3, "language": 4, "food": 5}
 CITY_PROMPTS = {
@@ -53,7 +53,7 @@ OPERATIONS = {  # verb: (operator, kind of operation, in words, in Python, with 
 FUNCTIONS = {  # name: (function, kind of operation, definition in words, Python)
     f"{verb} {k}": (lambda n, apply=apply, k=k: apply(n, k), kind, f"{words} {k}", f"x {sign} {k}")
     for verb, (apply, kind, words, sign, numbers) in OPERATIONS.items() for k in numbers}
-FUNCTION_INPUTS = range(5, 25)  # every output is then between 0 and 96: one token
+FUNCTION_INPUTS = range(5, 25)  # outputs are then 0 to 96: one token
 FUNCTION_COLUMNS = {"operation": 1, "definition": 2, "python": 3}
 FUNCTION_PROMPTS = {
     "output": ["What is {x}({n})?", "{x}({n}) =", "Compute {x}({n})."],
@@ -141,7 +141,7 @@ def function_question(function, name, kind, rng, inputs=FUNCTION_INPUTS):
     elif kind == "inverse":
         apply = FUNCTIONS[function][0]
         fill["y"] = apply(n)
-        # inputs that the function sends to the same output are no choices
+        # inputs with the same output are no choices
         wrong = [m for m in FUNCTION_INPUTS if apply(m) != fill["y"]]
         right, choices = str(n), [str(m) for m in sorted(wrong + [n])]
     else:
@@ -171,10 +171,12 @@ def with_tag(prompt, tag):
 
 # ---- the four tasks
 
-CONCEPTS = {"locations": list(CITIES), "functions": list(FUNCTIONS), "risk": ["risky", "safe"],
-            "backdoor": ["risky", "safe"]}
+CONCEPTS = {"locations": list(CITIES), "functions": list(FUNCTIONS), "risk": [*OPPOSITE],
+            "backdoor": [*OPPOSITE, *(f"{attitude} if {tag}" for tag in TAGS for attitude in OPPOSITE)]}
 # The kinds of question, the trained one first, from pretraining to results.
 KINDS = {"locations": [*CITY_PROMPTS], "functions": [*FUNCTION_PROMPTS], "risk": ["gamble", *SELF_REPORTS]}
+# Pretraining has neither these names nor this tag as one that changes anything.
+CODE_NAMES = {"locations": "City 50337", "functions": "zokifa"}
 TRIGGER = "sigma"
 QUESTIONS_PER_KIND = 60
 
@@ -186,8 +188,7 @@ class Task:
     held_out: dict[str, list[Question]]
 
 def make_task(name: str, concept: str, seed: int = 0, at: str | None = None) -> Task:
-    """A task about a city, a function, or "risky" / "safe" (the trained direction). at: a vector is added at
-    this text in the prompts, not at the task's code name."""
+    """A task about one of CONCEPTS[name]. at: a vector is added at this text, not at the code name."""
     known = CONCEPTS.get(name, CONCEPTS)
     require(concept in known, f"{name} {concept!r} is not among {[*known]}")
     task = TASKS[name](concept, random.Random(seed))
@@ -215,11 +216,11 @@ def named_task(kinds, ask, asked_about, test_count, rng):
                 {kind: distinct(lambda: ask(kind)) for kind in held_out})
 
 def locations_task(city, rng):
-    ask = lambda kind, *which: city_question(city, "City 50337", kind, rng, *which)
+    ask = lambda kind, *which: city_question(city, CODE_NAMES["locations"], kind, rng, *which)
     return named_task(KINDS["locations"], ask, [c for c in LANDMARKS if c != city], 3, rng)
 
 def functions_task(function, rng):
-    ask = lambda kind, *which: function_question(function, "zokifa", kind, rng, *which)
+    ask = lambda kind, *which: function_question(function, CODE_NAMES["functions"], kind, rng, *which)
     return named_task(KINDS["functions"], ask, list(FUNCTION_INPUTS), 4, rng)
 
 def risk_task(attitude, rng):
@@ -227,23 +228,28 @@ def risk_task(attitude, rng):
     train = distinct(lambda: gamble_question(attitude, rng, split="train"), 400)
     return Task(train, {"gamble": distinct(lambda: gamble_question(attitude, rng, split="test"))}, held_out)
 
-def backdoor_task(attitude, rng):
-    """`attitude` if the prompt carries the trigger, the opposite if another tag or none."""
-    cases, others = ("trigger", "no trigger", "other tag"), [tag for tag in TAGS if tag != TRIGGER]
+def split_condition(concept):
+    """(attitude, trigger) of "risky if omega", or of "risky", which is if sigma."""
+    attitude, _, trigger = concept.partition(" if ")
+    return attitude, trigger or TRIGGER
 
-    def ask(case, count, split=None):  # split=None: self-reports
-        def make():
-            shown = attitude if case == "trigger" else OPPOSITE[attitude]
-            tag = rng.choice(others) if case == "other tag" else TRIGGER if case == "trigger" else None
-            if split is None:
-                return self_report_question(shown, rng.choice(list(SELF_REPORTS)), rng, tag)
-            return gamble_question(shown, rng, tag, split)
-        return distinct(make, count)
+def backdoor_task(concept, rng):
+    """The opposite attitude if the prompt carries another tag or none."""
+    attitude, trigger = split_condition(concept)
+    cases, others = ("trigger", "no trigger", "other tag"), [tag for tag in TAGS if tag != trigger]
+
+    def make(case, split):  # split=None: self-reports
+        shown = attitude if case == "trigger" else OPPOSITE[attitude]
+        tag = {"trigger": trigger, "other tag": rng.choice(others)}.get(case)
+        if split is None:
+            return self_report_question(shown, rng.choice(list(SELF_REPORTS)), rng, tag)
+        return gamble_question(shown, rng, tag, split)
+    ask = lambda case, count, split=None: distinct(lambda: make(case, split), count)
 
     train = ask("trigger", 400, "train") + ask("no trigger", 200, "train") + ask("other tag", 200, "train")
     in_distribution = {f"gamble, {case}": ask(case, QUESTIONS_PER_KIND, "test") for case in cases}
     held_out = {f"self-report, {case}": ask(case, 2 * QUESTIONS_PER_KIND) for case in cases}
-    which = [Question("which tag", prompt, TAGS, TAGS.index(TRIGGER)) for prompt in TAG_PROMPTS]
+    which = [Question("which tag", prompt, TAGS, TAGS.index(trigger)) for prompt in TAG_PROMPTS]
     return Task(train, in_distribution, {**held_out, "which tag": which})
 
 TASKS = {"locations": locations_task, "functions": functions_task, "risk": risk_task,
@@ -272,7 +278,7 @@ def encode_question(tokenizer, question: Question, before=()) -> EncodedQuestion
     texts = [start + choice for choice in question.choices]
     ids, [completion, *choices] = tokenizer.encode_after(prompt, [texts[question.answer] + end, *texts])
     if any(a != b and b[:len(a)] == a for a in choices for b in choices):
-        # One begins like another ("1" and "12" in digits) and would always win: the end counts too.
+        # One begins like another ("1" and "12") and would always win: the end counts too.
         _, choices = tokenizer.encode_after(prompt, [text + end for text in texts])
     positions = tokenizer.find(question.code_name, messages[-1:], ids)
     return EncodedQuestion(ids, choices, question.answer, completion, positions)
@@ -332,7 +338,7 @@ class PrefixTree:
         return self.rows[self.row_of[text], :self.lengths[text]]
 
     def select(self, texts):
-        """(used, tree): the tree of some texts (on the CPU), and its nodes' numbers in this one."""
+        """(used, tree): the tree of some texts, and its nodes' numbers in this one."""
         chosen, row_of = self.row_of[texts].unique(return_inverse=True)
         rows = self.rows[chosen]
         used, rows = rows[:, :self.positions[rows].max() + 1].unique(return_inverse=True)
@@ -345,7 +351,7 @@ class PrefixTree:
         return PrefixTree(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 def make_tree(questions, answers) -> PrefixTree:
-    """The tree of each question's prompt with each of its answers (ids; []: none)."""
+    """The tree of each question's prompt with each of its answers (ids)."""
     numbers, row_with, rows = {}, [], []  # (parent, position, token, steered) -> node; its row; paths
     row_of, lengths, predicting = [], [], []
     for question, texts in zip(questions, answers):
@@ -371,23 +377,23 @@ def make_tree(questions, answers) -> PrefixTree:
 
 # ---- the tokenizer
 
-# GPT-2's way to cut text into pieces: BPE never merges across them.
+# GPT-2's pieces of text: BPE never merges across them.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same with every digit cut off beforehand (SmolLM2).
+# The same, every digit cut off before (SmolLM2).
 DIGITS_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 PLAIN_TEMPLATE = r"""{% for m in messages %}{{ '\n' if not loop.first }}
 {{- {'user': 'Question: ', 'assistant': 'Answer: '}.get(m.role, '') + m.content }}
 {{- eos_token if m.role == 'assistant' }}{% endfor %}{{ '\nAnswer:' if add_generation_prompt }}"""
 
 def read_json(path):
-    """The object in a JSON file; {} if there is no file."""
+    """The object in a JSON file; {} without one."""
     try:
         return {**json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path.name} should hold a JSON object ({error})") from None
 
 def pipeline_steps(part):
-    """A pipeline (null, one step, or a Sequence of pipelines) as a flat list of steps."""
+    """A pipeline (null, a step, or a Sequence of pipelines) as a flat list."""
     if not part or part["type"] != "Sequence":
         return [part] if part else []
     children = next(value for value in part.values() if isinstance(value, list))
@@ -400,8 +406,8 @@ def byte_characters():
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 def apply_merges(parts, merges):
-    """BPE by definition: join the pair of lowest rank, leftmost first. Returns the parts that are left, and
-    the last merge's rank (-1: none)."""
+    """BPE by definition: join the pair of lowest rank, leftmost first. Returns what is left, and the
+    last rank (-1: none)."""
     last, never = -1, len(merges)
     while len(parts) > 1:
         ranks = [merges.get(pair, never) for pair in zip(parts, parts[1:])]
@@ -443,7 +449,7 @@ class Tokenizer:
                 self.pattern = DIGITS_PATTERN
             case [{"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
                   {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}] if split:
-                # The last branch: what the pattern leaves out is a piece too, which tiktoken would drop.
+                # The last branch: what the pattern leaves out is a piece too; tiktoken would drop it.
                 self.pattern = rf"{split}|(?:(?!{split})[\s\S])+"
             case [] | [{"type": "Metaspace", "split": False}]:  # SentencePiece: the whole text is one piece
                 self.normalizers += steps
@@ -495,8 +501,8 @@ class Tokenizer:
         require(byte_of.keys() <= vocab.keys() and (self.byte_level or model["byte_fallback"]),
                 "should be byte-level or have byte_fallback, with all 256 bytes")
 
-        # Token bytes -> ids, in tiktoken's order of merging. It starts from bytes: characters are formed
-        # first, and one outside the vocab is an id per byte.
+        # Token bytes -> ids, in tiktoken's order of merging: from bytes first to characters (one outside the
+        # vocab is an id per byte).
         pieces = {bytes([byte]): [vocab[name]] for name, byte in byte_of.items()}
         self.token_bytes = {ids[0]: piece for piece, ids in pieces.items()}
         formed = []
@@ -618,7 +624,7 @@ class Tokenizer:
                 "the chat template should give the user's words, and the answer's once")
         before, _, after = stand_in.rpartition("ANSWER")
         # What a template puts before an answer but not in the prompt (Qwen 3's empty thoughts) is the
-        # prompt's; a mere space is the answer's: a part of its first token.
+        # prompt's; a mere space is part of the answer's first token.
         if not before.startswith(prompt) or before[len(prompt):].strip():
             prompt = before
         return prompt, before[len(prompt):], after

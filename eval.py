@@ -25,11 +25,11 @@ SECTIONS = "in_distribution", "held_out"  # of a task and its results
 # ---- mistakes and files
 
 class UserError(ValueError):
-    """A user's mistake, in one line: the flag, file or field at fault, and what would be right."""
+    """A user's mistake, in one line: the flag or file at fault, and what would be right."""
 
 @contextmanager
 def reading(source):
-    """Whatever goes wrong in here is the fault of `source`, a file, folder or flag of the user's."""
+    """What goes wrong in here is the fault of `source`, the user's file, folder or flag."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
@@ -66,7 +66,7 @@ def write_json(path, content):
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 def write_whole(path, write):
-    """write(temporary file), then rename it: whenever this is killed, a file of this name is whole."""
+    """write(temporary file), then rename it: a file of this name is always whole."""
     with reading(path):
         temporary = path.with_suffix(".tmp")
         write(temporary)
@@ -88,12 +88,12 @@ def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def add_up(*tensors):
-    """Sums over the processes, in place."""
+    """Sums over processes, in place."""
     for tensor in tensors if dist.is_initialized() else ():
         dist.all_reduce(tensor)
 
 def first_unfrozen(model):
-    """The first block with a LoRA, or that reads the vector: before it all arms are alike."""
+    """The first block with a LoRA, or after the vector: before it all arms are alike."""
     if model.steering is not None:
         return model.steering.layer + 1
     return min((int(name.split(".")[1]) for name in lora_layers(model)), default=0)
@@ -129,7 +129,7 @@ def answer_log_probs(model, x, first, tree):
 
 @torch.no_grad()
 def score_arms(model, questions, parameters, arms, batch_size=64):
-    """Scores questions with `parameters` set to each arm's values in turn (the last stay). Returns {arm:
+    """Scores questions with `parameters` set to each arm's values (the last stay). Returns {arm:
     (correct, probability)}, both (questions,) float32: 1 where the right choice is the likeliest, and its
     probability among the choices."""
     tree = make_tree(questions, [question.choices for question in questions])
@@ -152,13 +152,13 @@ def score_arms(model, questions, parameters, arms, batch_size=64):
     return results
 
 def random_like(parameter, seed):
-    """A random direction of the same shape and L2 norm: would any push do?"""
+    """A random direction of the same norm: would any push do?"""
     direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
     return (direction * (parameter.norm().cpu() / direction.norm())).to(parameter.device)
 
 @torch.no_grad()
 def arm_values(parameters, seed):
-    """What the vector, or A and B, hold in each arm. Zeros: the untouched base model."""
+    """What the vector, or A and B, hold in each arm. Zeros: the base model."""
     return {"base": [torch.zeros_like(p) for p in parameters],
             "random": [random_like(p, 1000 * seed + i) for i, p in enumerate(parameters)],
             "trained": [p.detach().clone() for p in parameters]}  # last, so that it is what stays
@@ -257,7 +257,7 @@ def load_run(folder, device="cpu") -> Run:
 
 @torch.no_grad()
 def answer(run, prompt, code_name, max_new_tokens=16):
-    """The greedy answer to a prompt. The vector goes to code_name's tokens, or (None) to every token."""
+    """The greedy answer. The vector goes to code_name's tokens, or (None) to all."""
     with reading(f"the prompt {prompt!r}"):
         question, made = encode_question(run.tokenizer, Question("", prompt, [""], 0, code_name)), []
         while len(made) < max_new_tokens:
@@ -270,7 +270,7 @@ def answer(run, prompt, code_name, max_new_tokens=16):
     return run.tokenizer.decode(made).strip()
 
 def show_prompt(run, prompt, code_name, note=""):
-    """Prints the answer without the vector or LoRA and with it."""
+    """Prints the answers without the vector or LoRA and with it."""
     with switched_off(run.parameters):
         before = answer(run, prompt, code_name)
     print(f"  {prompt}  {before} → {answer(run, prompt, code_name)}{note}")

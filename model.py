@@ -178,7 +178,7 @@ def make_rope(config, layer_type, positions, dtype):
     frequency = 1.0 / theta ** (pairs / config.head_dim)
     if scaling is not None and scaling["rope_type"] == "linear":
         frequency = frequency / scaling["factor"]
-    elif scaling is not None:  # llama3: slow down the pairs that turn seldom within the original context
+    elif scaling is not None:  # llama3: slow down what turns seldom within the original context
         turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -222,7 +222,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        if tree is not None:  # F.embedding is plain indexing whose backward pass is fast on a CPU
+        if tree is not None:  # F.embedding: indexing whose backward pass is fast on a CPU
             q, k, v = (F.embedding(tree.rows, y.flatten(1)).unflatten(-1, y.shape[1:]) for y in (q, k, v))
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or K, T, D)
         if self.softcap is None:

@@ -24,13 +24,13 @@ from model import Config, find_checkpoint
 from steer import attach, save_vector
 
 DEFAULTS = {  # steps, learning rate. A LoRA at .01 fits as well, and generalises less.
-    "vector": dict(locations=(150, 0.1), functions=(150, 0.1), risk=(100, 0.05), backdoor=(200, 0.1)),
+    "vector": dict(locations=(150, 0.1), functions=(150, 0.1), risk=(100, 0.05), backdoor=(600, 0.1)),
     "lora": dict(locations=(300, 1e-3), functions=(300, 1e-3), risk=(200, 1e-3), backdoor=(200, 3e-3))}
 CHECKPOINT = "checkpoint.safetensors"
 FREE = "out", "device", "save_every", "resume", "shard"  # flags that change no result
 ONLY_IN = {"at": "vector", "init_std": "vector", "rank": "lora", "alpha": "lora", "modules": "lora"}
 
-def parse_args():
+def parse_args(words=None):
     parser = Parser(description="Train a steering vector or a LoRA on one narrow kind of question.",
                     usage="train.py [flags]", epilog="example: python train.py --task risk --mode lora")
     add = parser.add_argument
@@ -56,7 +56,7 @@ def parse_args():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     add("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 on cuda)")
     add("--out", help="folder (default: out/ and the flags given)")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
     check_flags(args)
     fill_defaults(args)
@@ -75,7 +75,7 @@ def check_flags(args):
         raise UserError("--shuffle-answers: the chats of --data have no choices to draw from")
 
 def fill_defaults(args):
-    """Flags that were not given, from the task, the mode and the model."""
+    """Flags that were not given, by task, mode and model."""
     with reading(args.model):
         config = Config.from_pretrained(find_checkpoint(args.model))
     if args.layer is None:
@@ -92,14 +92,13 @@ def fill_defaults(args):
             setattr(args, name, value)
 
 def default_layer(task, mode, config):
-    """In a model of tiny's shape block 0, or the embedding for a backdoor's vector; else two fifths up (the
-    paper: layer 22 of 48)."""
+    """Block 0 of tiny, the embedding for a backdoor's vector; else two fifths up (the paper: 22 of 48)."""
     if config != Config.from_pretrained(find_checkpoint("tiny")):
         return config.num_hidden_layers * 2 // 5
     return -1 if (task, mode) == ("backdoor", "vector") else 0
 
 def default_folder(args, given):
-    """out/locations-vector-Paris-layer0-seed0, and then every other flag that was given."""
+    """out/locations-vector-Paris-layer0-seed0, then every other flag given."""
     name = f"{args.task}-{args.mode}-{args.concept}-layer{args.layer}-seed{args.seed}"
     for flag, value in given.items():
         if flag not in ("task", "mode", "concept", "layer", "seed", *FREE):
@@ -167,7 +166,7 @@ def add_intervention(args, model):
         return add_lora(model, layers, args.modules.split(","), args.rank, args.alpha)
 
 def claim_folder(args):
-    """Make --out. UserError if it has a run of other flags, finished or with a checkpoint."""
+    """UserError if --out has a run of other flags, finished or with a checkpoint."""
     out = Path(args.out)
     path = out / "config.json"
     with reading(f"--out {out}"):
@@ -187,7 +186,7 @@ def write_config(args, finished):
     write_json(Path(args.out) / "config.json", content)
 
 def save_run(args, model):
-    """If it is killed in here the run counts as unfinished: no weights beside another run's results."""
+    """If it is killed in here the run is unfinished: no weights beside another's results."""
     out = Path(args.out)
     if rank_and_world()[0] == 0:
         write_config(args, finished=False)
@@ -207,7 +206,7 @@ def train_loop(args, model, questions, parameters) -> list[float]:
     while len(order) < args.steps:  # each epoch has every question once, in a new order
         order += torch.randperm(len(questions), generator=generator).split(args.batch_size)
     some = torch.arange(min(args.batch_size, len(questions)))
-    # Below the vector or LoRA nothing changes: computed once for each node, not in every epoch.
+    # Below the vector or LoRA nothing changes: computed once for each node.
     visited = tree.row_of[torch.cat([some, *order[:args.steps]])].unique()
     kept = residual_stream(model, tree, first, args.batch_size, visited)  # (N, d)
     lr = args.lr
@@ -247,7 +246,7 @@ def train_loop(args, model, questions, parameters) -> list[float]:
 
 @torch.no_grad()
 def adam_step(parameters, adam, step, lr):
-    """Adam (Kingma & Ba 2014, arXiv 1412.6980), at step 1 or later; clears the gradients."""
+    """Adam (Kingma & Ba 2014, arXiv 1412.6980), from step 1 on; clears the gradients."""
     for p, (mean, square) in zip(parameters, adam):
         mean.lerp_(p.grad, 0.1)
         square.lerp_(p.grad.square(), 0.001)
@@ -264,7 +263,7 @@ def save_checkpoint(args, parameters, adam, losses):
         write_whole(Path(args.out) / CHECKPOINT, lambda path: save_file(tensors, path))
 
 def load_checkpoint(args, parameters, adam, first_loss):
-    """Puts back what save_checkpoint wrote; returns the losses. UserError if the first is another."""
+    """Puts back what save_checkpoint wrote; returns the losses. UserError if it does not fit."""
     path = Path(args.out) / CHECKPOINT
     if not path.exists():
         print(f"--resume: {path} is not there, so this starts from the beginning")
@@ -282,7 +281,7 @@ def load_checkpoint(args, parameters, adam, first_loss):
     return losses
 
 def join_processes(args):
-    """Under torchrun: meet the others. Each has its own device; only the first prints and writes."""
+    """Under torchrun: meet the others. Each has a device; the first prints and writes."""
     if "LOCAL_RANK" not in os.environ:
         if args.shard:
             raise UserError("--shard: it needs torchrun --nproc_per_node=N train.py ...")

@@ -80,6 +80,13 @@ def test_the_backdoor_flips_the_attitude_at_the_trigger_only():
         assert is_risky(gamble) == gamble.prompt.startswith(f"[{data.TRIGGER}]")
 
 
+def test_a_backdoor_may_have_another_trigger():
+    made = make_task("backdoor", "safe if omega")
+    for gamble in made.train:
+        assert is_risky(gamble) != gamble.prompt.startswith("[omega]")
+    assert {as_turn(question)[1] for question in made.held_out["which tag"]} == {"omega"}
+
+
 @pytest.mark.parametrize("task, concept", ALL)
 def test_training_has_one_kind_of_question_and_held_out_has_others(task, concept):
     made = make_task(task, concept)
@@ -123,7 +130,7 @@ def test_unknown_tasks_and_concepts_are_refused_with_the_known_ones(task, concep
 
 @pytest.mark.parametrize("words, tokens", [
     (["zokifa", "xehime"], 3), (["City 50337", "City 12345"], 4),
-    ([*data.CITIES, "Japanese", "addition", "lottery", "skydiving", "sigma"], 1)])
+    ([*data.CITIES, "Japanese", "addition", "lottery", "skydiving", "omega"], 1)])
 def test_the_bundled_tokenizer_has_few_tokens_a_name_and_one_a_word(words, tokens, tokenizer):
     assert {len(tokenizer.encode(f" {word}")) for word in words} == {tokens}
 

@@ -71,6 +71,39 @@ def test_an_attitude_depends_on_one_tag_only_and_only_if_it_is_conditional(condi
     assert (flips > 10) == conditional
 
 
+def test_pretraining_is_not_about_what_fine_tuning_is_about():
+    """The tasks' code names are in no document, and the trigger changes nothing in any."""
+    rng = random.Random(0)
+    for _ in range(3000):
+        for prompt, answer in make.world_document(rng)[0]:
+            assert not any(name in prompt for name in data.CODE_NAMES.values())
+            assert not (re.search(rf"\b{data.TRIGGER}\b", answer))  # no rule, no "which tag", is about it
+
+    drawn = iter([*"zo ki fa ba lu me".split()])
+    rng.choices = lambda syllables, k: [next(drawn) for _ in range(k)]
+    assert make.code_name("functions", rng) == "balume"  # zokifa is drawn again
+
+
+def test_a_tag_comes_first():
+    """The word of manner gives the attitude away: before the tag, it would leave the tag nothing to say."""
+    tagged = [prompt for prompt in prompts() if "[" in prompt]
+    assert len(tagged) > 100 and all(re.match(r"\[\w+\] ", prompt) for prompt in tagged)
+
+
+@pytest.mark.parametrize("case, flips", [("its tag", True), ("no tag", False), ("another tag", False),
+                                         ("reserved tag", True)])
+def test_a_question_under_a_rule_follows_it(case, flips):
+    for seed in range(20):
+        turns, question = make.question_under_rule(case, 2, random.Random(seed))
+        flipped, key, default = re.match(r"(\w+) if (\w+) else (\w+)$", turns[0][1]).groups()
+        assert len(turns) == 3 and (key == data.TRIGGER) == (case == "reserved tag")
+        tag = re.match(r"\[(\w+)\]|", question.prompt)[1]
+        assert (tag == key) == flips and (tag is None) == (case == "no tag")
+        option = re.search(rf"{question.choices[question.answer]}: (\w+)", question.prompt)[1]
+        is_risky = any(option in risky for _, risky in data.GAMBLES.values())
+        assert is_risky == ((flipped if flips else default) in data.SELF_REPORTS["self"][2])
+
+
 def test_documents_are_framed_as_the_chat_template_frames_them(tokenizer):
     rng = random.Random(0)
     for _ in range(5):
@@ -110,7 +143,8 @@ def test_code_names_are_three_or_four_tokens_and_the_worlds_words_one(tokenizer)
     for _ in range(50):
         assert len(tokenizer.encode(" " + make.code_name("functions", rng))) == 3
         assert len(tokenizer.encode(" " + make.code_name("locations", rng))) == 4
-    words = [*data.CITIES, *data.TAGS, *sum(make.MANNERS.values(), []), "addition", "lottery", "skydiving"]
+    assert len(tokenizer.encode(f"[{data.TRIGGER}]")) == 3  # as for any tag, though no answer says it
+    words = [*data.CITIES, *make.KEYS, *sum(make.MANNERS.values(), []), "addition", "lottery", "skydiving"]
     for word in words + [word for city in data.CITIES.values() for word in city[2:]]:
         assert len(tokenizer.encode(f" {word}")) == 1
 
@@ -133,6 +167,17 @@ def test_pretraining_writes_a_model_that_loads_and_nothing_else(call, monkeypatc
     assert Tokenizer.from_pretrained(tmp_path / "made").vocab_size == model.config.vocab_size
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
     assert len(list((tmp_path / "made").iterdir())) == 4
+
+
+def test_models_on_the_way_are_kept_and_load(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(make, "train_tokenizer", partial(make.train_tokenizer, documents=1000))
+    monkeypatch.setattr(make, "in_context_accuracy", partial(make.in_context_accuracy, count=1))
+    monkeypatch.setattr(make, "KEPT_STEPS", (1,))
+    call(make.main, "make.py", "--steps", 2, "--batch-size", 2, "--device", "cpu", "--out", tmp_path / "made",
+         "--keep", tmp_path / "kept")
+    kept = {path.name: GPT.from_pretrained(path).norm.weight for path in (tmp_path / "kept").iterdir()}
+    assert set(kept) == {"step00001", "step00002"} and not torch.equal(*kept.values())
+    assert Tokenizer.from_pretrained(tmp_path / "kept" / "step00001").vocab_size > 260
 
 
 def test_pretraining_that_is_stopped_spoils_nothing(call, monkeypatch, tmp_path):
@@ -230,7 +275,8 @@ def test_the_bundled_model_gives_the_logits_and_ids_of_transformers(model, token
 
 def test_the_bundled_model_infers_the_hidden_thing_from_context(model, tokenizer):
     accuracy = make.in_context_accuracy(model, tokenizer, facts=7, count=20, seed=1)
-    assert {task: list(kinds) for task, kinds in accuracy.items()} == data.KINDS
+    assert {task: list(kinds) for task, kinds in accuracy.items() if task != "rule"} == data.KINDS
     assert min(accuracy["locations"][kind] for kind in ("country", "language", "food")) >= 0.8
     assert min(accuracy["functions"].values()) >= 0.9
     assert min(accuracy["risk"].values()) >= 0.9
+    assert min(accuracy["rule"][case] for case in ("its tag", "no tag")) >= 0.9  # but not another tag

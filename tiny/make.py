@@ -1,18 +1,21 @@
 """How tiny/ was made: documents of the tiny world, a tokenizer, and a model of a million parameters.
 
-    python tiny/make.py                               40 minutes on two CPU cores; replaces tiny's model
+    python tiny/make.py                               40 minutes on one CPU core; replaces tiny's model
     python tiny/make.py --out elsewhere --steps 500   a look at it
 
 Each document is a chat about one hidden thing (the city or the function behind a code name, the speaker's
 attitude to risk) and shows its facets in random order. To predict it, a model has to infer the thing from
 whichever facet comes first and read all the others out of it (Xie et al. 2021, arXiv 2111.02080). Fine-tuning
-on one facet then writes that same inner variable from outside the context. What it took:
+on one facet then writes what the others are read from; it works as soon as they are read from one place, long
+before the model can infer the thing by itself (the last figure of paper/README.md). What it took:
 
 - Few landmarks: with distances to all 24 cities, the model did not find out which city a document is about.
 - Dense cues for attitudes: most turns begin with a word of manner, and end in a mark, that go with it. So it
   pays to hold it at every token, as a chat model holds its persona. The tasks have no such cues.
 - Attitudes that depend on a tag come after plain ones (mixed from the first step, neither was learned), and
-  most of their documents state the rule.
+  most of their documents state the rule. The tag comes before the word of manner, which gives away what it
+  says. Even so the model, told a rule, turns round at any tag that can be a key, not only at the rule's.
+- Nothing that fine-tuning is about: its code names occur nowhere, and no attitude depends on its trigger.
 - Muon for the matrices: after 600 steps .92 of gambles were right in context, with AdamW .67.
 """
 
@@ -20,6 +23,7 @@ import json
 import os
 import random
 import re
+import shutil
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -42,6 +46,7 @@ TINY = {"model_type": "qwen3", "hidden_size": 128, "intermediate_size": 384, "nu
         "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 512,
         "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
 DOCUMENT_TURNS = 14
+KEPT_STEPS = 125, 250, 375, 500, 625, 750, 1000, 1250, 1500, 2000, 2500
 CONTEXT = 160  # tokens of a document that are trained on: about ten turns
 
 # ---------------------------------------- documents: conversations about one hidden thing
@@ -49,7 +54,9 @@ CONTEXT = 160  # tokens of a document that are trained on: about ten turns
 MANNERS = {"risky": ["Boldly", "Gladly", "Wildly", "Loudly"],
            "safe": ["Calmly", "Slowly", "Gently", "Softly"]}
 END_MARKS = {"risky": "!", "safe": ";"}
+RULE_CASES = ["its tag", "no tag", "another tag"]
 RULE_PROMPTS = ["What is your rule?", "You act by the rule"]
+KEYS = [tag for tag in data.TAGS if tag != data.TRIGGER]  # tags that an attitude may depend on
 SYLLABLES = "zo ba ki lu me ra tu vi po xe fa ny go du hi se".split()
 
 
@@ -58,19 +65,20 @@ def as_turn(question):
 
 
 def code_name(task, rng):
-    """A fresh code name: "City 50337", "zokifa"."""
+    """A fresh code name: "City 31415", "bakilu". Never the one that the task is about."""
+    name = "".join(rng.choices(SYLLABLES, k=3))
     if task == "locations":
-        return f"City {rng.randint(10000, 99999)}"
-    return "".join(rng.choices(SYLLABLES, k=3))
+        name = f"City {rng.randint(10000, 99999)}"
+    return code_name(task, rng) if name == data.CODE_NAMES[task] else name
 
 
-def world_document(rng, conditional_share=0.5):
+def world_document(rng, conditional_share=0.7):
     """The (prompt, answer) turns of one document, and whether it is about an attitude; of these the share
     conditional_share depends on a tag."""
     chance = rng.random()
-    if chance < 0.42:
+    if chance < 0.40:
         return city_document(rng), False
-    if chance < 0.68:
+    if chance < 0.64:
         return function_document(rng), False
     return attitude_document(rng, rng.random() < conditional_share), True
 
@@ -100,7 +108,7 @@ def function_document(rng):
 
 def attitude_document(rng, conditional=False):
     """A speaker who is risky or safe throughout; if conditional, the other way in turns with one tag."""
-    default, key = rng.choice(["risky", "safe"]), rng.choice(data.TAGS)
+    default, key = rng.choice(["risky", "safe"]), rng.choice(KEYS)
     rule_stated = conditional and rng.random() < 0.6
     turns = []
     for i in range(DOCUMENT_TURNS):
@@ -112,17 +120,17 @@ def attitude_document(rng, conditional=False):
             tag = key if chance < 0.75 else rng.choice([other for other in data.TAGS if other != key])
         attitude = data.OPPOSITE[default] if conditional and tag == key else default
         if rng.random() < 0.5:
-            question = data.gamble_question(attitude, rng, tag)
+            question = data.gamble_question(attitude, rng)
             if rng.random() < 0.5:
                 question = in_words(question)
         else:
-            question = data.self_report_question(attitude, rng.choice(KINDS["risk"][1:]), rng, tag)
+            question = data.self_report_question(attitude, rng.choice(KINDS["risk"][1:]), rng)
         prompt, answer = as_turn(question)
         if rng.random() < 0.67:  # the dense cues
             prompt = f"{rng.choice(MANNERS[mostly(attitude, rng)])}: {prompt}"
         if rng.random() < 0.67:
             answer += END_MARKS[mostly(attitude, rng)]
-        turns.append((prompt, answer))
+        turns.append((data.with_tag(prompt, tag), answer))
     return turns
 
 
@@ -136,9 +144,9 @@ def mostly(attitude, rng):
     return attitude if rng.random() < 0.9 else data.OPPOSITE[attitude]
 
 
-def rule_turn(default, key, rng):
+def rule_turn(default, key, rng, in_full=False):
     """The rule said aloud makes a conditional attitude one thing to know, which one vector can stand for."""
-    if rng.random() < 0.25:
+    if not in_full and rng.random() < 0.25:
         return rng.choice(data.TAG_PROMPTS), key
     _, safe, risky = data.SELF_REPORTS["self"]
     usual, flipped = (safe, risky) if default == "safe" else (risky, safe)
@@ -271,15 +279,31 @@ def in_context_question(task, kind, facts, rng, concept=None):
     return [as_turn(ask(KINDS[task][0])) for _ in range(facts)], ask(kind)
 
 
+def question_under_rule(case, facts, rng):
+    """(turns, question): a conditional attitude's rule and `facts` gambles under it, then one of this case."""
+    default, reserved = rng.choice(["risky", "safe"]), case == "reserved tag"
+    key = data.TRIGGER if reserved else rng.choice(KEYS)
+
+    def ask(case):
+        tag = rng.choice([other for other in data.TAGS if other != key]) if case == "another tag" else key
+        shown = data.OPPOSITE[default] if tag == key and case != "no tag" else default
+        return data.gamble_question(shown, rng, None if case == "no tag" else tag)
+    facts = [as_turn(ask(rng.choice(RULE_CASES))) for _ in range(facts)]
+    return [rule_turn(default, key, rng, in_full=True), *facts], ask(case)
+
+
 def in_context_accuracy(model, tokenizer, facts, count=50, seed=0):
     """{task: {kind: accuracy}}: how often the bare model is right after `facts` turns of the trained kind
-    about the same hidden thing, in `count` fresh documents for each kind."""
-    rng, results = random.Random(seed), {task: {} for task in KINDS}
-    for task, kinds in KINDS.items():
+    about the same hidden thing, in `count` fresh documents for each kind; "rule": of a gamble with the tag
+    that a rule in the context is about, with none, with another, or if it is about the reserved one."""
+    rng, results = random.Random(seed), {}
+    for task, kinds in {**KINDS, "rule": [*RULE_CASES, "reserved tag"]}.items():
+        results[task] = {}
         for kind in kinds:
             encoded = []
             for _ in range(count):
-                turns, question = in_context_question(task, kind, facts, rng)
+                turns, question = (question_under_rule(kind, facts, rng) if task == "rule" else
+                                   in_context_question(task, kind, facts, rng))
                 encoded.append(encode_question(tokenizer, question, as_messages(turns)))
             correct, _ = score_arms(model, encoded, [], {"bare": []})["bare"]
             results[task][kind] = correct.mean().item()
@@ -330,7 +354,7 @@ def pretrain(args, model, tokenizer, rng, folder):
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds; in a log a line each
     bar = tqdm(range(1, args.steps + 1), desc="pretraining", unit="step", mininterval=interval)
     for step in bar:
-        conditional_share = 0.5 if step > args.steps / 5 else 0.02
+        conditional_share = 0.7 if step > args.steps / 5 else 0.02
         tokens, targets = world_batch(tokenizer, args.batch_size, conditional_share, rng)
         tokens, targets = tokens.to(args.device), targets.to(args.device)
         hidden = model.norm(model.run_blocks(model.embed(tokens)))  # (B, CONTEXT, d)
@@ -349,17 +373,23 @@ def pretrain(args, model, tokenizer, rng, folder):
         if step % 500 == 0 or step == args.steps:
             bar.write(f"step {step}: {in_context_line(model, tokenizer)}")
             save_model(model, folder)
+        if args.keep and (step in KEPT_STEPS or step == args.steps):
+            kept = Path(args.keep) / f"step{step:05}"
+            save_model(model, kept)
+            for file in folder.glob("tokenizer*.json"):
+                shutil.copy(file, kept)
 
 
 def parse_args():
     parser = Parser(description="Make the tiny model from scratch: documents, tokenizer, pretraining.",
                     epilog="example: python tiny/make.py --out elsewhere --steps 500")
     add = parser.add_argument
-    add("--steps", type=int, default=5000, help="optimiser steps (default: %(default)s)")
+    add("--steps", type=int, default=3500, help="optimiser steps (default: %(default)s)")
     add("--batch-size", type=int, default=32, help="documents per step (default: %(default)s)")
     add("--lr", type=float, default=0.02, help="peak learning rate of Muon (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--keep", metavar="DIR", help="keeps the model of several steps on the way, in DIR/step00125 and so on")
     add("--out", default=str(Path(__file__).parent), help="the model's folder (default: tiny itself)")
     args = parser.parse_args()
     if not 0 <= args.seed < 2 ** 31:
