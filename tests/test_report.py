@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -92,6 +93,28 @@ def test_the_triggers_effect_passes_from_its_token_to_the_last(model, tokenizer)
     assert all(0 <= weight <= 1 for arm in found["attention"].values() for row in arm.values() for weight in row)
 
 
+def test_a_head_that_writes_nothing_is_as_if_its_values_were_zero(model, tokenizer):
+    """explain_heads' two parts: what the heads write adds up to attention's output, and one can be left out."""
+    layer = model.layers[1].self_attn
+    x, rope, mask, *_ = reproduce.attention_inputs(model, TOKENS)[layer]
+    weights, written = reproduce.attention_weights(model, TOKENS)[1], reproduce.values_written(model, TOKENS)[1]
+    by_head = torch.einsum("hts,hsd->htd", weights, written)
+    torch.testing.assert_close(by_head.sum(0), layer(x, rope, mask)[0], atol=1e-5, rtol=0)
+    without = reproduce.ablated(layer, 2, lambda: layer(x, rope, mask)[0])
+    torch.testing.assert_close(without, by_head.sum(0) - by_head[2], atol=1e-5, rtol=0)
+
+
+def test_every_head_is_measured_with_the_trigger_and_without(model, tokenizer):
+    vector = attach(model, -1, torch.randn(128, generator=torch.Generator().manual_seed(1))).vector
+    flags = {"layer": -1, "seed": 0, "task": "backdoor", "concept": "safe if omega", "at": None}
+    run = Run(flags, model, tokenizer, data.make_task("backdoor", "safe if omega"), [vector])
+    found = reproduce.explain_heads(run, pairs=2)
+    for name in ("attention", "cosine", "without"):
+        for rows in found[name].values():
+            assert len(rows) == 4 and all(len(row) == 4 and all(-1 <= value <= 1 for value in row) for row in rows)
+    assert found["attention"]["base"] != found["attention"]["trained"]
+
+
 @pytest.fixture
 def lora_run(model, tokenizer):
     """A run whose LoRA adds one known vector at every token: B's column is it."""
@@ -104,7 +127,7 @@ def lora_run(model, tokenizer):
 
 def test_the_sign_of_a_direction_is_chosen_on_training_questions(lora_run):
     """The naive difference of means for a city does its work: turned round before, it is turned back."""
-    towards = reproduce.difference_of_means(lora_run)
+    towards = reproduce.difference_of_means(lora_run, "concept - code name")
     length = towards.norm().item()
     few = {"country": lora_run.task.held_out["country"]}
     task = data.Task(lora_run.task.train, few, few)
@@ -152,7 +175,8 @@ def test_a_report_is_made_and_what_is_damaged_is_made_again(report, tmp_path):
     found = content["tasks"]["risk"]
     held_out = found["methods"]["vector"]["summary"]["held_out"]
     assert held_out["trained"][0] > held_out["base"][0] + 0.2
-    assert set(found["loras"]["lora"]["directions"]) == {"natural", "random", "difference of means"}
+    assert set(found["loras"]["lora"]["directions"]) == {"natural", "random", *reproduce.BASELINES}
+    assert set(found["baselines"]["0"]) == set(reproduce.BASELINES)
     tables = (tmp_path / "out" / "tables.md").read_text()
     for heading in ("C1, C4", "C2", "C3, C5", "C6", "C8"):
         assert f"## {heading}" in tables
@@ -194,6 +218,49 @@ def test_results_that_are_none_are_named_in_one_line(call, tmp_path, value):
     (tmp_path / "results.json").write_text(json.dumps(run))
     status, _, err = call(reproduce.main, "reproduce.py", "--mean", tmp_path)
     assert status == 2 and "gamble, trained" in err and str(tmp_path) in err and err.count("\n") == 1
+
+
+def test_models_from_along_pretraining_are_measured(monkeypatch, tiny_folder, tmp_path):
+    import train
+    monkeypatch.setattr(reproduce, "EMERGENCE", {"risk": ["risky"], "backdoor": ["risky"]})
+    monkeypatch.setattr(reproduce, "in_context_accuracy", lambda *args, facts: {
+        "risk": dict.fromkeys(data.KINDS["risk"], 0.75), "rule": dict.fromkeys(reproduce.RULE_CASES, 0.5)})
+    monkeypatch.setitem(train.DEFAULTS["vector"], "risk", (20, 0.05))
+    monkeypatch.setitem(train.DEFAULTS["vector"], "backdoor", (2, 0.05))
+    monkeypatch.setitem(train.DEFAULTS["lora"], "risk", (2, 0.001))
+    shutil.copytree(tiny_folder, tmp_path / "base" / "step00125")
+    reproduce.measure_checkpoint(tmp_path / "base" / "step00125", "cpu")
+    found = reproduce.summarise_emergence([tmp_path / "base"])
+    risk, backdoor = (found[task]["base"] for task in ("risk", "backdoor"))
+    assert risk["step"] == [125] and risk["in context"] == [0.75] and backdoor["in context"] == [0.5]
+    assert risk["vector"][0] > risk["lora"][0] and "lora" not in backdoor
+    assert reproduce.same_model(tiny_folder, tmp_path / "base" / "step00125")
+    with pytest.raises(reproduce.UserError, match="--pretrainings"):
+        reproduce.checkpoints_of(tmp_path)
+
+
+def test_one_claims_runs_are_a_part_with_the_main_vectors():
+    jobs = plan(data.TASKS, seeds=2)
+    parts = {f"C{i}": [job for job in jobs if reproduce.serves(job, f"C{i}")] for i in range(1, 9)}
+    assert set().union(*parts.values()) == set(jobs)  # each run is for something
+    for part in parts.values():
+        assert len(part) < len(jobs)
+        assert all(job in part for job in jobs if job.is_main and job.method == "vector")
+
+
+@pytest.mark.parametrize("path", ["README.md", "paper/README.md"])
+def test_the_readmes_tables_are_those_of_results_json(path):
+    content, text = json.loads((ROOT / "paper" / "results.json").read_text()), (ROOT / path).read_text()
+    assert text.count("<!--end-->") >= 2
+    assert reproduce.fill(text, reproduce.make_pieces(content)) == text
+    assert reproduce.format_report(content) == (ROOT / "paper" / "tables.md").read_text()
+
+
+def test_text_between_markers_is_replaced_and_an_unknown_one_named():
+    text = "a <!--one-->old<!--end--> b\n<!--two-->\nold\n<!--end-->"
+    assert reproduce.fill(text, {"one": "1", "two": "2"}) == "a <!--one-->1<!--end--> b\n<!--two-->2<!--end-->"
+    with pytest.raises(KeyError, match="two"):
+        reproduce.fill(text, {"one": "1"})
 
 
 @pytest.mark.parametrize("flags, said", [

@@ -61,7 +61,7 @@ def test_shuffled_answers_teach_nothing(tmp_path):
     ("--task", "functions", "--steps", 60),
     ("--task", "risk", "--concept", "safe", "--steps", 40),
     ("--task", "risk", "--mode", "lora", "--steps", 100, "--lr", 0.002, "--batch-size", 16),
-    ("--task", "locations", "--mode", "lora", "--steps", 120, "--lr", 0.002, "--batch-size", 32),
+    ("--task", "locations", "--mode", "lora", "--steps", 200, "--batch-size", 32),
 ])
 def test_other_tasks_and_loras_generalise_too(tmp_path, flags):
     results = read(trained(tmp_path, *flags))
