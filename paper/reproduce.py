@@ -1,6 +1,6 @@
 """The paper's claims on the tiny model, from training to tables and figures.
 
-    python paper/reproduce.py                          all of it: 245 runs; what is there is not made again
+    python paper/reproduce.py                          all of it: 312 runs; what is there is not made again
     python paper/reproduce.py --tasks risk --seeds 2   a part, into another folder with --out
     python paper/reproduce.py --mean RUN_DIR ...       only the mean results of runs that are there
 
