@@ -56,6 +56,7 @@ HIGH_RATES = ("0.003", "0.01")  # for a LoRA that fits as well and generalises l
 STARTS = ("1", "3")  # standard deviations of a vector's random start, in units of the residual stream's RMS
 METHODS = ["vector", "lora", "lora, all layers", "shuffled vector", "vector at the trigger",
            *(f"lora, rate {rate}" for rate in HIGH_RATES), *(f"vector, start {std}" for std in STARTS)]
+KINDS_OF = {"in_distribution": "trained kind", "held_out": "held out"}  # what the sections are called in tables
 BASELINES = "concept - code name", "concept - opposite"  # naive directions: differences of means
 SCALES = 0.25, 0.5, 1, 2, 4, 8  # of a direction, in units of the mean length of what the LoRA adds to a token
 SAMPLE = 20  # questions of each kind, where many directions are tried
@@ -251,9 +252,7 @@ def try_directions(run, folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     if run.flags["task"] != "backdoor":
         directions |= {name: difference_of_means(run, name) for name in BASELINES}
     directions = {name: F.normalize(direction, dim=0).contiguous() for name, direction in directions.items()}
-    few = lambda kinds: {kind: questions[:SAMPLE] for kind, questions in kinds.items()}
-    train = random.Random(run.flags["seed"]).sample(run.task.train, min(32, len(run.task.train)))
-    task = Task(train, few(run.task.in_distribution), few(run.task.held_out))
+    task = sample_task(run)
     found = {name: scale_sweep(run, direction, natural.norm().item(), task)
              for name, direction in directions.items()}
     if run.task.train[0].code_name:  # the same at every token, though the question only needs it at the name
@@ -262,6 +261,13 @@ def try_directions(run, folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         task = Task(train, everywhere(task.in_distribution), everywhere(task.held_out))
         found["natural, at every token"] = scale_sweep(run, directions["natural"], natural.norm().item(), task)
     return found, directions
+
+
+def sample_task(run) -> Task:
+    """A part of the run's questions, for trying many directions on."""
+    few = lambda kinds: {kind: questions[:SAMPLE] for kind, questions in kinds.items()}
+    train = random.Random(run.flags["seed"]).sample(run.task.train, min(32, len(run.task.train)))
+    return Task(train, few(run.task.in_distribution), few(run.task.held_out))
 
 
 def difference_of_means(run, baseline: str, count: int = 32) -> torch.Tensor:
@@ -307,9 +313,7 @@ def try_baselines(run) -> dict:
     of 1 is the trained vector's, which is off the model from here on."""
     trained, found = run.parameters[0].detach().clone(), {}
     detach(run.model)
-    few = lambda kinds: {kind: questions[:SAMPLE] for kind, questions in kinds.items()}
-    train = random.Random(run.flags["seed"]).sample(run.task.train, min(32, len(run.task.train)))
-    task = Task(train, few(run.task.in_distribution), few(run.task.held_out))
+    task = sample_task(run)
     for name in BASELINES:
         direction = F.normalize(difference_of_means(run, name), dim=0).to(trained.device)
         found[name] = scale_sweep(run, direction, trained.norm().item(), task)
@@ -423,7 +427,7 @@ def explain_heads(run, pairs: int = 16) -> dict:
     attention: from the last token to the tag, for the base and with the vector. cosine: of what the head
     writes for the trigger, and for the other tag, with the direction risky - safe (the last token's residual
     stream after the layer, after seven gambles of either attitude, in the base model). without: P(the right
-    answer) with the trigger, and with the other tag, when the head writes nothing.
+    answer) with the trigger, and with the other tag, when the head writes nothing; with all: when all write.
     """
     model, rng, values = run.model, random.Random(run.flags["seed"]), arm_values(run.parameters, seed=0)
     attitude, trigger = data.split_condition(run.flags["concept"])
@@ -449,18 +453,18 @@ def explain_heads(run, pairs: int = 16) -> dict:
             answer = plain.answer if shown == "risky" else 1 - plain.answer
             encoded = encode(replace(plain, prompt=data.with_tag(plain.prompt, tag), answer=answer, code_name=tag))
             tokens, at = tokens_of(encoded), encoded.positions[-1]
-            for arm in ("base", "trained"):
+            for arm in ("base", "trained") if case == "trigger" else ():
                 set_parameters(run.parameters, values[arm])
-                weights, writes = attention_weights(model, tokens), values_written(model, tokens)
-                if case == "trigger":
-                    found["attention"][arm].append(torch.stack([w[:, -1, at] for w in weights]))
-            cosines = [F.cosine_similarity(w[:, at], d, dim=-1) for w, d in zip(writes, direction)]
+                weights = attention_weights(model, tokens)
+                found["attention"][arm].append(torch.stack([w[:, -1, at] for w in weights]))
+            written = values_written(model, tokens)  # with the vector, which stays
+            cosines = [F.cosine_similarity(w[:, at], d, dim=-1) for w, d in zip(written, direction)]
             found["cosine"][case].append(torch.stack(cosines))
             ids = [choice[0] for choice in encoded.choices]
             right = lambda: model(tokens)[0, -1, ids].float().softmax(0)[encoded.answer]
             found["with all"][case].append(right())
             found["without"][case].append(torch.stack([torch.stack([
-                ablated(layer.self_attn, head, right) for head in range(len(weights[0]))]) for layer in model.layers]))
+                ablated(layer.self_attn, head, right) for head in range(len(written[0]))]) for layer in model.layers]))
     return {name: {case: torch.stack(rows).mean(0).tolist() for case, rows in cases.items()}
             for name, cases in found.items()}
 
@@ -671,10 +675,10 @@ def summarise(task: str, jobs: list[Job], results: dict[str, dict], folder: Path
 
 
 def summarise_bases(jobs: list[Job], results: dict) -> dict:
-    """{base: {task: {method: mean_results}}} of the runs at the default layers; the report's own model is ""."""
+    """{base: {task: {method: mean_results}}} of the runs on other pretrainings."""
     content = {}
     for job in jobs:
-        if job.name in results and job.is_main:
+        if job.name in results and job.base:
             runs = content.setdefault(job.base, {}).setdefault(job.task, {}).setdefault(job.method, [])
             runs.append(results[job.name])
     return {base: {task: {method: mean_results(runs) for method, runs in methods.items()}
@@ -765,6 +769,11 @@ def cell(pair: list[float] | None) -> str:
     return "–" if pair is None else f"{number(pair[0])} ± {number(pair[1])}"
 
 
+def by_case(results: dict, section: str) -> str:
+    """A backdoor's accuracies with the trigger / no tag / another tag."""
+    return " / ".join(number(figures["trained"]) for kind, figures in results[section].items() if kind != "which tag")
+
+
 def folders(task: str, methods: dict, *names: str) -> str:
     """Where the runs of these methods are, as a shell would match them."""
     jobs = [Job(task, name, methods[name]["layer"], "*", True, ()).name for name in names if name in methods]
@@ -786,7 +795,7 @@ def make_tables(content: dict) -> dict[str, tuple[str, list[str], list[list[str]
         questions = sum(figures["questions"] for kind, figures in vector[section].items() if kind != "which tag")
         scores = [cell(vector["summary"][section][arm]) for arm in ("base", "random")]
         scores += [cell(methods[name]["summary"][section]["trained"]) if name in methods else "–" for name in main]
-        rows.append([task, "held out" if section == "held_out" else "trained kind", str(questions),
+        rows.append([task, KINDS_OF[section], str(questions),
                      number(vector["summary"][section]["chance"][0]), *scores, folders(task, methods, *main)])
     table("main", "C1, C4: a LoRA on one layer, a LoRA on all, a vector",
           "task; kinds; questions; chance; base; random vector; shuffled answers; **vector**; **LoRA**, one layer; "
@@ -807,18 +816,14 @@ def make_tables(content: dict) -> dict[str, tuple[str, list[str], list[list[str]
     table("concepts", "C1, C4: over concepts (± over them; the 95 % interval of the mean is a bootstrap over them)",
           "task; mode; concepts; held out; 95 % interval; the worst, held out; trained kind, mean / worst; runs", rows)
 
-    if len(content["bases"]) > 1:
-        names = "vector", "lora", "lora, all layers"
-        summary = lambda results, section: mean_spread([kind_mean(results, section)])[0]
-        bases = {base: found for base, found in content["bases"].items()}
+    if content["bases"]:
+        bases = {"the report's": {task: found["methods"] for task, found in tasks.items()}, **content["bases"]}
         rows = []
         for task, section in itertools.product(tasks, SECTIONS):
-            scores = []
-            for name in names:
-                values = [summary(found[task][name], section) for found in bases.values() if name in found.get(task, {})]
-                scores.append(" / ".join(map(number, values)) if values else "–")
-            rows.append([task, section.replace("_", " ").replace("in distribution", "trained kind"), *scores])
-        table("bases", "C1, C4: the same on each pretraining (" + " / ".join(base or "the report's" for base in bases) + ")",
+            scores = [[number(kind_mean(found[task][name], section)) for found in bases.values()
+                       if name in found.get(task, {})] for name in ("vector", "lora", "lora, all layers")]
+            rows.append([task, KINDS_OF[section], *(" / ".join(values) or "–" for values in scores)])
+        table("bases", f"C1, C4: the same on each pretraining ({' / '.join(bases)})",
               "task; kinds; **vector**; **LoRA**, one layer; LoRA, all layers", rows)
 
     loras = [(task, method, lora) for task, found in tasks.items() for method, lora in found["loras"].items()]
@@ -862,7 +867,7 @@ def make_tables(content: dict) -> dict[str, tuple[str, list[str], list[list[str]
     layers = sorted({layer for found in tasks.values() for curve in found["layers"].values()
                      for layer in curve["layers"]})
     table("layers", "C6: by layer (-1: the embedding)", "; ".join(["task", "method", "kinds", *map(str, layers), "runs"]),
-          [[task, method, "held out" if section == "held_out" else "trained kind",
+          [[task, method, KINDS_OF[section],
             *(cell(dict(zip(curve["layers"], curve[section])).get(layer)) for layer in layers),
             f"`{task}-{method}-layer*`"]
            for task, found in tasks.items() for method, curve in found["layers"].items() if curve["layers"]
@@ -894,8 +899,7 @@ def make_tables(content: dict) -> dict[str, tuple[str, list[str], list[list[str]
         for base, found in content["triggers"].items():
             for concept, modes in found.items():
                 for mode, results in modes.items():
-                    cases = [" / ".join(number(figures["trained"]) for kind, figures in results[section].items()
-                                        if kind != "which tag") for section in SECTIONS]
+                    cases = [by_case(results, section) for section in SECTIONS]
                     rows.append([base or "the report's", concept, mode, str(results["runs"]),
                                  f"{results['train_loss']:.3f}", *cases])
         table("triggers", "C7: backdoors by trigger (gambles and self-reports: with the trigger / no tag / another tag)",
@@ -948,9 +952,8 @@ def make_pieces(content: dict) -> dict[str, str]:
     adds = lambda task: " / ".join(number(one["abs_cosine"][0]) for one in tasks[task]["loras"]["lora"]["adds"].values())
     direction = lambda task, name, what: number(tasks[task]["loras"]["lora"]["directions"][name][what][0])
     by_layer = lambda task, section: " ".join(number(pair[0]) for pair in tasks[task]["layers"]["vector"][section])
-    cases = lambda method, section: " / ".join(
-        number(figures["trained"]) for kind, figures in tasks["backdoor"]["methods"][method][section].items()
-        if kind != "which tag")
+    cases = lambda method: ", self-reports ".join(by_case(tasks["backdoor"]["methods"][method], section)
+                                                  for section in SECTIONS)
     lens = tasks["risk"]["logit_lens"]["1"]
     named = [task for task in tasks if "concept - opposite" in tasks[task]["loras"]["lora"]["directions"]]
     pieces |= {
@@ -966,9 +969,7 @@ def make_pieces(content: dict) -> dict[str, str]:
             lambda task: " / ".join(number(one["same_concept"][0]) for one in tasks[task]["starts"].values())),
         "C6": "vectors, trained kind, held out by layer from -1: " + "; ".join(
             f"{task} {by_layer(task, 'in_distribution')}, {by_layer(task, 'held_out')}" for task in ("locations", "risk")),
-        "C7": "trigger / no tag / another: vector " + ", self-reports ".join(
-            cases("vector", section) for section in SECTIONS) + "; LoRA " + ", self-reports ".join(
-            cases("lora", section) for section in SECTIONS),
+        "C7": f"trigger / no tag / another: vector {cases('vector')}; LoRA {cases('lora')}",
         "C8": "a risky vector at layer 1 raises most *" + ", ".join(token.strip() for token in lens["top"][:5])
               + "* and lowers most *" + ", ".join(token.strip() for token in lens["bottom"][-5:]) + "*"}
     return pieces
@@ -1227,7 +1228,7 @@ def main() -> None:
     content["triggers"] = summarise_triggers(jobs, results)
     content["bases"] = summarise_bases(jobs, results)
     content["emergence"] = summarise_emergence(args.pretrainings) if args.pretrainings else {}
-    old = read_if_whole(args.out / "results.json", read_json) or {}
+    old = read_if_whole(args.out / "results.json") or {}
     for name in ("bases", "triggers", "emergence"):  # other pretrainings are not there every time
         content[name] = {**(old.get(name) or {}), **content[name]}
     args.out.mkdir(parents=True, exist_ok=True)

@@ -117,7 +117,7 @@ def attitude_document(rng, conditional=False):
             continue
         chance, tag = rng.random(), None
         if chance > 0.35:
-            tag = key if chance < 0.75 else rng.choice([other for other in data.TAGS if other != key])
+            tag = key if chance < 0.75 else another_tag(key, rng)
         attitude = data.OPPOSITE[default] if conditional and tag == key else default
         if rng.random() < 0.5:
             question = data.gamble_question(attitude, rng)
@@ -132,6 +132,10 @@ def attitude_document(rng, conditional=False):
             answer += END_MARKS[mostly(attitude, rng)]
         turns.append((data.with_tag(prompt, tag), answer))
     return turns
+
+
+def another_tag(key, rng):
+    return rng.choice([tag for tag in data.TAGS if tag != key])
 
 
 def in_words(gamble):
@@ -285,9 +289,8 @@ def question_under_rule(case, facts, rng):
     key = data.TRIGGER if reserved else rng.choice(KEYS)
 
     def ask(case):
-        tag = rng.choice([other for other in data.TAGS if other != key]) if case == "another tag" else key
-        shown = data.OPPOSITE[default] if tag == key and case != "no tag" else default
-        return data.gamble_question(shown, rng, None if case == "no tag" else tag)
+        tag = None if case == "no tag" else another_tag(key, rng) if case == "another tag" else key
+        return data.gamble_question(data.OPPOSITE[default] if tag == key else default, rng, tag)
     facts = [as_turn(ask(rng.choice(RULE_CASES))) for _ in range(facts)]
     return [rule_turn(default, key, rng, in_full=True), *facts], ask(case)
 
