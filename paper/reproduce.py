@@ -1159,8 +1159,9 @@ def read_flags():
         "(default: %(default)s)")
     add("--out", help="folder of tables and figures (default for tiny: the script's own)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    add("--pretrainings", nargs="+", metavar="DIR", default=[], help="folders that tiny/make.py --keep has filled: "
-        "measures every model in them, and makes the main runs again on the last")
+    add("--pretrainings", nargs="+", metavar="DIR", default=[], help="only add to the results that are there: "
+        "measure every model in these folders, which tiny/make.py --keep has filled, and make the main runs again on "
+        "the last of each")
     add("--claim", choices=[f"C{i}" for i in range(1, 9)], help="only this one's runs, tables and figures; --out "
         "is then out/C4 or so")
     add("--mean", nargs="+", metavar="RUN_DIR", help="only print the mean results of these runs")
@@ -1201,7 +1202,8 @@ def main() -> None:
         config = Config.from_pretrained(folder)
     if config.num_hidden_layers == 1:
         notes.append(f"{args.model} has one layer: skipped the LoRA on all layers, the same as on one")
-    jobs = [job for job in plan_jobs(args, config) if args.claim is None or serves(job, args.claim)]
+    jobs = [] if args.pretrainings else [job for job in plan_jobs(args, config)
+                                         if args.claim is None or serves(job, args.claim)]
     checkpoints = [checkpoint for base in args.pretrainings for checkpoint in checkpoints_of(base)]
     for base in args.pretrainings:
         if not same_model(checkpoints_of(base)[-1], folder):
@@ -1211,26 +1213,15 @@ def main() -> None:
         args.runs.mkdir(parents=True, exist_ok=True)
     workers = args.jobs or (1 if args.device.startswith("cuda") else os.cpu_count() or 1)
     notes += run_all(jobs, checkpoints, args.runs, workers, args.device)
-    spent = (read_if_whole(args.runs / "time.json") or {"minutes": 0})["minutes"] + (time.time() - started) / 60
-    write_json(args.runs / "time.json", {"minutes": spent})  # of all the times that it was started
+    spent = (time.time() - started) / 60
     results = {job.name: read_if_whole(args.runs / job.name / "results.json", read_results) for job in jobs}
     results = {name: result for name, result in results.items() if result is not None}
-    if not results:
+    if jobs and not results:
         raise UserError(f"--runs {args.runs}: no run succeeded; the first: {notes[0]}")
-    content = {"model": args.model, "date": str(date.today()), "torch": torch.__version__, "device": args.device,
-               "seeds": args.seeds, "runs": len(results), "minutes": round(spent, 1), "notes": notes, "tasks": {}}
-    for task in args.tasks:
-        done = [job for job in jobs if job.task == task and not job.base and job.name in results]
-        if not any(has_learned(results[job.name]) for job in done if job.is_main and job.method in ("vector", "lora")):
-            notes.append(f"{task}: skipped, neither vector nor LoRA answers even the trained kind better than chance")
-            continue
-        content["tasks"][task] = summarise(task, done, results, args.runs)
-    content["triggers"] = summarise_triggers(jobs, results)
-    content["bases"] = summarise_bases(jobs, results)
-    content["emergence"] = summarise_emergence(args.pretrainings) if args.pretrainings else {}
-    old = read_if_whole(args.out / "results.json") or {}
-    for name in ("bases", "triggers", "emergence"):  # other pretrainings are not there every time
-        content[name] = {**(old.get(name) or {}), **content[name]}
+    if args.pretrainings:
+        content = add_pretrainings(args, jobs, results, len(results) - earlier, spent)
+    else:
+        content = summarise_report(args, jobs, results, notes, spent)
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "results.json", content)
     (args.out / "tables.md").write_text(format_report(content, args.claim), encoding="utf-8")
@@ -1243,6 +1234,35 @@ def main() -> None:
     print(f"{args.out}: tables.md, results.json and figures of {len(results)} runs, {earlier} of them from before")
     for note in notes:
         print(f"note: {note}")
+
+
+def summarise_report(args, jobs: list[Job], results: dict, notes: list[str], spent: float) -> dict:
+    """results.json of the runs on one model; of other pretrainings it keeps what was there."""
+    time_file = args.runs / "time.json"
+    spent += (read_if_whole(time_file) or {"minutes": 0})["minutes"]
+    write_json(time_file, {"minutes": spent})  # of all the times that it was started
+    content = {"model": args.model, "date": str(date.today()), "torch": torch.__version__, "device": args.device,
+               "seeds": args.seeds, "runs": len(results), "minutes": round(spent, 1), "notes": notes, "tasks": {}}
+    for task in args.tasks:
+        done = [job for job in jobs if job.task == task and not job.base and job.name in results]
+        if not any(has_learned(results[job.name]) for job in done if job.is_main and job.method in ("vector", "lora")):
+            notes.append(f"{task}: skipped, neither vector nor LoRA answers even the trained kind better than chance")
+            continue
+        content["tasks"][task] = summarise(task, done, results, args.runs)
+    old = read_if_whole(args.out / "results.json") or {}
+    return {**content, "triggers": {**old.get("triggers", {}), **summarise_triggers(jobs, results)},
+            "bases": old.get("bases", {}), "emergence": old.get("emergence", {})}
+
+
+def add_pretrainings(args, jobs: list[Job], results: dict, made: int, spent: float) -> dict:
+    """The results.json that is there, and what these pretrainings' runs and models add to it."""
+    old = read_json(args.out / "results.json")
+    with reading(args.out / "results.json"):
+        emergence = {task: {**old["emergence"].get(task, {}), **bases}
+                     for task, bases in summarise_emergence(args.pretrainings).items()}
+        return {**old, "runs": old["runs"] + made, "minutes": round(old["minutes"] + spent, 1), "emergence": emergence,
+                "bases": {**old["bases"], **summarise_bases(jobs, results)},
+                "triggers": {**old["triggers"], **summarise_triggers(jobs, results)}}
 
 
 if __name__ == "__main__":
