@@ -39,7 +39,7 @@ def reading(source):
         raise UserError(f"{source}: {kind}{' '.join(str(error).split())[:400]}") from error
 
 def run_main(main):
-    """A user's mistake ends in one line and exit status 2, not in a traceback."""
+    """A user's mistake ends in one line and exit status 2."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # not all print an arrow
     try:
@@ -98,23 +98,32 @@ def first_unfrozen(model):
         return model.steering.layer + 1
     return min((int(name.split(".")[1]) for name in lora_layers(model)), default=0)
 
+def plan_memory(model, tree, blocks=1):
+    """How many of a tree's rows to run together, so that what these blocks keep for the gradient takes a
+    sixteenth of the weights' bytes or 128 MB; the bytes of that, the weights and all nodes' stream."""
+    config, weight = model.config, model.embed_tokens.weight
+    node = weight.itemsize * (3 * config.intermediate_size + 16 * config.hidden_size)  # in a block; measured
+    weights, stream = sum(p.nbytes for p in model.parameters()), len(tree.tokens) * weight[0].nbytes
+    room = max(2 ** 27, weights // 16)
+    return max(1, room // (blocks * node * tree.rows.shape[1])), weights + room + stream
+
 @torch.no_grad()
-def frozen_batches(model, tree, rows, last, batch_size, rank=0, world=1):
-    """Yields process `rank`'s share of a tree's rows in batches: (their texts, their nodes' numbers, their
-    tree, the residual stream (n, d) of these nodes before block `last`)."""
+def frozen_batches(model, tree, rows, last, rank=0, world=1):
+    """Yields process `rank`'s share of a tree's rows in batches: (texts, their nodes' numbers, their tree,
+    the residual stream (n, d) of these nodes before block `last`)."""
     device = model.embed_tokens.weight.device
-    for batch in rows.split(4 * batch_size)[rank::world]:  # without gradients that takes no more memory
+    for batch in rows.split(plan_memory(model, tree)[0])[rank::world]:
         texts = torch.isin(tree.row_of, batch).nonzero()[:, 0]
         used, part = tree.select(texts)
         part = part.to(device)
         yield texts, used, part, model.run_blocks(model.embed(part.tokens, part), 0, last, part)
 
-def residual_stream(model, tree, last, batch_size=64, rows=None):
-    """The residual stream (N, d) of a tree's nodes (of these rows) before block `last` and a vector there, in
-    the host's memory: a GPU may have no room for it."""
-    weight, rows = model.embed_tokens.weight, torch.arange(len(tree.rows)) if rows is None else rows
+def residual_stream(model, tree, last):
+    """The residual stream (N, d) of a tree's nodes before block `last` and a vector there, in the host's
+    memory: a GPU may have no room for it."""
+    weight = model.embed_tokens.weight
     states = torch.zeros(len(tree.tokens), weight.shape[1], dtype=weight.dtype)
-    for _, used, _, x in frozen_batches(model, tree, rows, last, batch_size):
+    for _, used, _, x in frozen_batches(model, tree, torch.arange(len(tree.rows)), last):
         states[used] = x.cpu()
     return states
 
@@ -128,7 +137,7 @@ def answer_log_probs(model, x, first, tree):
     return torch.zeros(len(real), device=x.device).index_add(0, real.nonzero()[:, 0], log_probs)
 
 @torch.no_grad()
-def score_arms(model, questions, parameters, arms, batch_size=64):
+def score_arms(model, questions, parameters, arms):
     """Scores questions with `parameters` set to each arm's values (the last stay). Returns {arm:
     (correct, probability)}, both (questions,) float32: 1 where the right choice is the likeliest, and its
     probability among the choices."""
@@ -137,7 +146,7 @@ def score_arms(model, questions, parameters, arms, batch_size=64):
     totals = torch.zeros(len(arms), len(tree.row_of), device=device)
     rows = tree.positions[tree.rows].amax(1).argsort(stable=True)  # little padding
     share = (0, 1) if model.sharded else rank_and_world()  # a sharded model's blocks are run together
-    for texts, _, part, x in frozen_batches(model, tree, rows, first, batch_size, *share):
+    for texts, _, part, x in frozen_batches(model, tree, rows, first, *share):
         for total, values in zip(totals, arms.values()):
             set_parameters(parameters, values)
             total[texts.to(device)] = answer_log_probs(model, x, first, part)
@@ -189,7 +198,7 @@ def encode_for(run, questions):
         require_room(run.model, encoded)
     return encoded
 
-def evaluate(run, arms=None, batch_size=64):
+def evaluate(run, arms=None):
     """{"in_distribution": {kind: figures}, "held_out": …}: each arm's accuracy and probability of the right
     answer, chance and the number of questions."""
     kinds = [(section, kind, questions) for section in SECTIONS
@@ -200,7 +209,7 @@ def evaluate(run, arms=None, batch_size=64):
     for section, kind, questions in kinds:
         chance = sum(1 / len(question.choices) for question in questions) / len(questions)
         results[section][kind] = {"chance": round(chance, 4), "questions": len(questions)}
-    scores = score_arms(run.model, encoded, run.parameters, arms, batch_size)
+    scores = score_arms(run.model, encoded, run.parameters, arms)
     for arm, (correct, probability) in scores.items():
         for (section, kind, _), right, p in zip(kinds, correct.split(sizes), probability.split(sizes)):
             results[section][kind] |= {arm: round(right.mean().item(), 4),
@@ -247,7 +256,7 @@ def load_run(folder, device="cpu") -> Run:
         good = type(seed) is int and 0 <= seed < 2 ** 31 and (at is None or is_vector and isinstance(at, str))
         if not good:
             raise ValueError(f"seed {seed!r} or at {at!r} is out of range")
-        task = make_task(flags["task"], flags["concept"], seed, at)
+        task = make_task(flags["task"], flags["concept"], seed, at, data.WORLDS[flags["world"]])
         model, tokenizer = load_model(flags["model"], device, flags["dtype"])
     with reading(f"{folder}, {flags['mode']}"):
         parameters = [load_vector(model, folder).vector] if is_vector else load_lora(model, folder)
@@ -270,7 +279,7 @@ def answer(run, prompt, code_name, max_new_tokens=16):
     return run.tokenizer.decode(made).strip()
 
 def show_prompt(run, prompt, code_name, note=""):
-    """Prints the answers without the vector or LoRA and with it."""
+    """Prints the answers without and with the vector or LoRA."""
     with switched_off(run.parameters):
         before = answer(run, prompt, code_name)
     print(f"  {prompt}  {before} → {answer(run, prompt, code_name)}{note}")
@@ -278,9 +287,9 @@ def show_prompt(run, prompt, code_name, note=""):
 # ---- explaining a run
 
 def explain(run, folder):
-    """Prints, and writes to explain.json, the logit lens of a vector (C8); how constant what a LoRA adds is
-    (C2). The LoRA's natural vector (C3), the first principal component of what it adds in training prompts
-    at its mean length, becomes a run of its own."""
+    """Prints, and writes to explain.json, a vector's logit lens (C8); how constant what a LoRA adds is (C2).
+    The LoRA's natural vector (C3), the first principal component of what it adds in training prompts at its
+    mean length, becomes a run of its own."""
     vector, result = run.parameters[0].detach(), {}
     if run.model.steering is None:
         if run.flags["layer"] == "all":
@@ -292,7 +301,7 @@ def explain(run, folder):
             save_vector(SteeringVector(run.flags["layer"], vector), folder / "natural")
         flags = {**run.flags, "mode": "vector"}
         write_json(folder / "natural" / "config.json", {"flags": flags, "finished": True})
-        print(f"  its natural vector alone, instead of it: python eval.py {folder / 'natural'}")
+        print(f"  its natural vector instead of it: python eval.py {folder / 'natural'}")
     top, bottom = ([run.tokenizer.decode([id]) for id in ids] for ids in logit_lens(run.model, vector, 8))
     result["logit_lens"] = {"top": top, "bottom": bottom}
     write_json(folder / "explain.json", result)
@@ -303,8 +312,8 @@ def explain(run, folder):
     return result
 
 def what_lora_adds(run):
-    """What the LoRA adds in training prompts where a vector would be added, (N, d); how constant it is at the
-    last tokens of training, held-out and another task's prompts."""
+    """What the LoRA adds in training prompts where a vector would be, (N, d); how constant it is at the last
+    tokens of training, held-out and another task's prompts."""
     other = "functions" if run.flags["task"] == "locations" else "locations"
     unrelated = make_task(other, data.CONCEPTS[other][0])
     train = random.Random(run.flags["seed"]).sample(run.task.train, min(32, len(run.task.train)))

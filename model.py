@@ -158,10 +158,15 @@ class RMSNorm(nn.Module):
     def __init__(self, size, eps, offset):
         super().__init__()
         self.eps, self.offset = eps, offset  # Gemma stores weight - 1
-        self.weight = nn.Parameter(torch.ones(size) - offset)
+        self.weight = nn.Parameter(torch.full((size,), 1 - offset))
 
     def forward(self, x):
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float() + self.offset, self.eps).to(x.dtype)
+
+def make_embedding(count, size):
+    """nn.Embedding(count, size), without its second of imports on the meta device."""
+    weight = torch.empty(count, size)
+    return nn.Embedding.from_pretrained(weight if weight.is_meta else weight.normal_(), freeze=False)
 
 def make_norm(config, size):
     if config.norm == "layer":
@@ -283,9 +288,9 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = make_embedding(config.vocab_size, config.hidden_size)
         if config.learned_positions:
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = make_embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = make_norm(config, config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -399,23 +404,18 @@ OUR_NAMES = {r"^(language_model\.model|model\.language_model|language_model|tran
              r"\.mlp\.c_fc": ".mlp.up_proj", r"\.mlp\.c_proj": ".mlp.down_proj"}
 
 def read_tensors(folder):
-    """Yields (our name, tensor) for each tensor in a checkpoint's safetensors files."""
-    places, index = {}, folder / "model.safetensors.index.json"
-    if not (folder / "model.safetensors").exists() and index.exists():
-        places = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
-        good = isinstance(places, dict) and all(name == Path(str(name)).name for name in places.values())
-        require(good, f"{index.name}: weight_map should name each tensor's file, in the same folder")
-    missing = {*places}
-    for name in sorted({*places.values()}) or ["model.safetensors"]:
+    """Yields (our name, tensor) for each tensor in a checkpoint's file, or files."""
+    whole = folder / "model.safetensors"
+    for path in [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors")) or [whole]:
         try:
-            with safe_open(folder / name, framework="pt") as file:
-                for key in file.keys():
-                    missing.discard(key)
+            with safe_open(path, framework="pt") as file:
+                keys = file.keys()
+            for key in keys:
+                with safe_open(path, framework="pt") as file:  # anew: else what was read stays in memory
                     if not UNUSED.search(key):
                         yield from translate(key, file.get_tensor(key))
         except Exception as error:
-            raise ValueError(f"{name}: {error}") from None
-    require(not missing, f"{index.name}: no file holds {min(missing, default='')}")
+            raise ValueError(f"{path.name}: {error}") from None
 
 def translate(key, tensor):
     """[(our name, tensor)] of a checkpoint's tensor: three for GPT-2's fused q, k and v."""

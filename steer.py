@@ -1,7 +1,6 @@
 """Steering vectors: one vector added to the residual stream (Wang et al. 2025, arXiv 2507.08218).
 
-The model has one slot for it, between two blocks; GPT.run_blocks adds it on the way. Below: is what a LoRA
-adds such a vector? And how does a vector read in the unembedding?
+The model has one slot for it, between two blocks; GPT.run_blocks adds it on the way.
 """
 
 from pathlib import Path
@@ -15,8 +14,8 @@ from torch import nn
 class SteeringVector:
     """Adds `vector` (d,) to the residual stream after block `layer` (-1: after the embedding).
 
-    It stays in float32 (small steps are lost in bfloat16's rounding) and is cast as it is added. No
-    nn.Module, so that it is not among the model's own parameters.
+    It stays in float32 (bfloat16 would lose small steps) and is cast as it is added. No nn.Module, so that
+    it is not among the model's own parameters.
     """
 
     def __init__(self, layer, vector):

@@ -17,35 +17,42 @@ from tqdm import tqdm
 import data
 from data import encode_question, make_task, make_tree, read_conversations, shuffle_answers
 from eval import (Parser, Run, UserError, add_up, answer_log_probs, evaluate, first_unfrozen, format_table,
-                  load_model, rank_and_world, read_json, reading, require_room, residual_stream, run_main,
-                  set_parameters, show_prompt, write_json, write_whole)
+                  load_model, plan_memory, rank_and_world, read_json, reading, require_room, residual_stream,
+                  run_main, set_parameters, show_prompt, write_json, write_whole)
 from lora import add_lora, save_lora
 from model import Config, find_checkpoint
 from steer import attach, save_vector
 
-DEFAULTS = {  # steps, learning rate. A LoRA at .01 fits as well, and generalises less.
+# Steps and learning rate. A large model's batch size, rank, alpha and, in locations and functions, its LoRA's
+# steps and rate are from the authors' scripts (github.com/JoshEngels/OOCR-Interp); the rest is our guess.
+DEFAULTS = {"tiny": {
     "vector": dict(locations=(150, 0.1), functions=(150, 0.1), risk=(100, 0.05), backdoor=(600, 0.1)),
-    "lora": dict(locations=(300, 1e-3), functions=(300, 1e-3), risk=(200, 1e-3), backdoor=(200, 3e-3))}
+    "lora": dict(locations=(300, 1e-3), functions=(300, 1e-3), risk=(200, 1e-3), backdoor=(200, 3e-3)),
+}, "large": {
+    "vector": dict(locations=(300, 0.05), functions=(400, 0.05), risk=(200, 0.05), backdoor=(600, 0.05)),
+    "lora": dict(locations=(300, 2e-3), functions=(400, 2e-3), risk=(200, 2e-4), backdoor=(400, 2e-4))}}
+SIZES = {"tiny": dict(batch_size=64, rank=8, alpha=8.0), "large": dict(batch_size=32, rank=64, alpha=32.0)}
 CHECKPOINT = "checkpoint.safetensors"
 FREE = "out", "device", "save_every", "resume", "shard"  # flags that change no result
 ONLY_IN = {"at": "vector", "init_std": "vector", "rank": "lora", "alpha": "lora", "modules": "lora"}
 
 def parse_args(words=None):
-    parser = Parser(description="Train a steering vector or a LoRA on one narrow kind of question.",
-                    usage="train.py [flags]", epilog="example: python train.py --task risk --mode lora")
+    parser = Parser(description=__doc__, usage="train.py [flags]",
+                    epilog="example: python train.py --task risk --mode lora")
     add = parser.add_argument
     add("--mode", choices=["vector", "lora"], default="vector", help="(default: vector)")
     add("--task", choices=data.TASKS, default="locations", help="(default: locations)")
     add("--concept", help="city, function, risky or safe (default: the first)")
     add("--model", default="tiny", help="tiny (default), a folder or a hub name")
+    add("--world", choices=data.WORLDS, help="of the questions (default: tiny for tiny, else large)")
     add("--layer", help="block that the vector follows, or the LoRA is on")
     add("--at", help="text that the vector is added at (default: code name)")
     add("--init-std", type=float, help="random start, in the stream's RMS (default: 0)")
     add("--steps", type=int, help="(default: by task and mode)")
     add("--lr", type=float, help="peak learning rate; a vector's in the stream's RMS")
-    add("--batch-size", type=int, default=64, help="questions per step (default: 64)")
-    add("--rank", type=int, help="the LoRA's (default: 8)")
-    add("--alpha", type=float, help="it is scaled by alpha / rank (default: 8)")
+    add("--batch-size", type=int, help="questions per step (default: 64; a large model 32)")
+    add("--rank", type=int, help="the LoRA's (default: 8; 64)")
+    add("--alpha", type=float, help="it is scaled by alpha / rank (default: 8; 32)")
     add("--modules", help="with commas, that get a LoRA (default: the MLP's)")
     add("--data", help="chats (JSONL) to train on instead")
     add("--shuffle-answers", action="store_true", help="the control: answers drawn at random")
@@ -78,15 +85,16 @@ def fill_defaults(args):
     """Flags that were not given, by task, mode and model."""
     with reading(args.model):
         config = Config.from_pretrained(find_checkpoint(args.model))
+    size = "tiny" if config == Config.from_pretrained(find_checkpoint("tiny")) else "large"
     if args.layer is None:
         args.layer = default_layer(args.task, args.mode, config)
     elif args.layer != "all" or args.mode == "vector":
         with reading(f"--layer {args.layer}"):
             args.layer = int(args.layer)
-    steps, lr = DEFAULTS[args.mode][args.task]
+    steps, lr = DEFAULTS[size][args.mode][args.task]
     defaults = {"steps": steps, "lr": lr, "concept": data.CONCEPTS[args.task][0], "init_std": 0.0,
-                "rank": 8, "alpha": 8.0, "modules": "gate_proj," * config.gated_mlp + "up_proj,down_proj",
-                "dtype": "bfloat16" if args.device.startswith("cuda") else "float32"}
+                "modules": "gate_proj," * config.gated_mlp + "up_proj,down_proj", "world": size,
+                "dtype": "bfloat16" if args.device.startswith("cuda") else "float32", **SIZES[size]}
     for name, value in defaults.items():
         if getattr(args, name) is None and ONLY_IN.get(name, args.mode) == args.mode:
             setattr(args, name, value)
@@ -111,7 +119,7 @@ def finetune(args):
     """Train on the narrow kind of question, score the held-out kinds, write the run."""
     started = time.time()
     with reading(f"--concept {args.concept}"):
-        task = make_task(args.task, args.concept, args.seed, args.at)
+        task = make_task(args.task, args.concept, args.seed, args.at, data.WORLDS[args.world])
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.shard)
     with reading(args.data or args.model):  # the chat template, too
         train = training_questions(args, task, tokenizer)
@@ -130,7 +138,7 @@ def finetune(args):
 
     last, run = losses[-max(1, args.steps // 10):], Run(vars(args), model, tokenizer, task, parameters)
     named = ("task", "mode", "layer", "seed", "model", "concept", "shuffle_answers")
-    results = {**{name: run.flags[name] for name in named}, **evaluate(run, batch_size=args.batch_size),
+    results = {**{name: run.flags[name] for name in named}, **evaluate(run),
                "train_loss": sum(last) / len(last), "train_seconds": round(train_seconds, 1),
                "trainable_parameters": sum(p.numel() for p in parameters)}
     if rank_and_world()[0] == 0:
@@ -153,8 +161,7 @@ def training_questions(args, task, tokenizer):
     else:
         train = read_conversations(args.data, tokenizer, name)
     if args.mode == "vector" and name is not None and not any(question.positions for question in train):
-        prompt = tokenizer.decode(train[0].prompt)
-        raise UserError(f"--at {name} (or by default): it is in no prompt, e.g. {prompt!r}")
+        raise UserError(f"--at {name} (or by default): in no prompt as {tokenizer.decode(train[0].prompt)!r}")
     return train
 
 def add_intervention(args, model):
@@ -166,9 +173,8 @@ def add_intervention(args, model):
         return add_lora(model, layers, args.modules.split(","), args.rank, args.alpha)
 
 def claim_folder(args):
-    """UserError if --out has a run of other flags, finished or with a checkpoint."""
-    out = Path(args.out)
-    path = out / "config.json"
+    """UserError if --out has a run of other flags, finished or resumable."""
+    out, path = Path(args.out), Path(args.out) / "config.json"
     with reading(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
         config = read_json(path) if path.exists() else {}
@@ -182,8 +188,8 @@ def claim_folder(args):
 
 def write_config(args, finished):
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    content = {"flags": vars(args), "finished": finished, "versions": versions}
-    write_json(Path(args.out) / "config.json", content)
+    write_json(Path(args.out) / "config.json",
+               {"flags": vars(args), "finished": finished, "versions": versions})
 
 def save_run(args, model):
     """If it is killed in here the run is unfinished: no weights beside another's results."""
@@ -205,36 +211,46 @@ def train_loop(args, model, questions, parameters) -> list[float]:
     generator, order = torch.Generator().manual_seed(args.seed), []
     while len(order) < args.steps:  # each epoch has every question once, in a new order
         order += torch.randperm(len(questions), generator=generator).split(args.batch_size)
-    some = torch.arange(min(args.batch_size, len(questions)))
-    # Below the vector or LoRA nothing changes: computed once for each node.
-    visited = tree.row_of[torch.cat([some, *order[:args.steps]])].unique()
-    kept = residual_stream(model, tree, first, args.batch_size, visited)  # (N, d)
+    at_once, memory = plan_memory(model, tree, max(1, len(model.layers) - first))
+    print(f"{len(questions)} questions, {tree.lengths.sum()} tokens, {len(tree.tokens)} distinct beginnings; "
+          f"{args.steps} steps of {args.batch_size} questions; memory: about {memory / 1e9:.1f} GB")
+    kept = residual_stream(model, tree, first)  # (N, d); below the vector or LoRA nothing changes
     lr = args.lr
     if args.mode == "vector":  # residual streams differ a thousandfold in length
-        unit = kept[torch.cat([tree.nodes(text) for text in some])].float().pow(2).mean().sqrt().item()
+        some = torch.cat([tree.nodes(text) for text in range(min(args.batch_size, len(questions)))])
+        squares = kept[some].float().pow(2)  # a first token's can be huge (arXiv 2402.17762)
+        usual = squares.mean(-1) < 100 * squares.mean(-1).median()
+        unit = squares[usual].mean().sqrt().item()
         lr *= unit
         noise = torch.randn(parameters[0].shape, generator=torch.Generator().manual_seed(args.seed))
         set_parameters(parameters, [args.init_std * unit * noise])
     adam = [torch.zeros(2, *p.shape, device=device) for p in parameters]  # means of gradient and its square
 
     def batch_loss(texts):
-        # Processes share a batch out; if it is too small, some do a text that counts nothing.
-        mine, counts = (texts[rank::world], 1) if rank < len(texts) else (texts[:1], 0)
-        used, batch = tree.select(mine)
-        x, batch = kept[used].to(device), batch.to(device)
-        return -counts * answer_log_probs(model, x, first, batch).sum() / (tree.answers[texts] >= 0).sum()
+        """Adds to the gradients, in parts that have room."""
+        total = torch.zeros((), device=device)
+        for part in texts.split(world * at_once):
+            # Processes share a part out; if it is too small, some do a text that counts nothing.
+            mine, counts = (part[rank::world], 1) if rank < len(part) else (part[:1], 0)
+            used, batch = tree.select(mine)
+            x, batch = kept[used].to(device), batch.to(device)
+            loss = -counts * answer_log_probs(model, x, first, batch).sum() / (tree.answers[texts] >= 0).sum()
+            loss.backward()
+            total += loss.detach()
+        return total
 
     losses = []
     if args.resume:
-        add_up(first_loss := batch_loss(order[0]).detach())
+        add_up(first_loss := batch_loss(order[0]))
         losses = load_checkpoint(args, parameters, adam, first_loss)
+        for p in parameters:
+            p.grad = None
     start = len(losses)
     bar = tqdm(order[start:args.steps], desc=f"{args.mode} at layer {args.layer}", total=args.steps,
                initial=start, unit="step", disable=rank > 0, mininterval=0.1 if sys.stderr.isatty() else 5)
     for step, texts in enumerate(bar, start):
         loss = batch_loss(texts)
-        loss.backward()
-        add_up(loss.detach(), *(p.grad for p in parameters))  # all that is exchanged
+        add_up(loss, *(p.grad for p in parameters))  # all that is exchanged
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"the loss is {losses[-1]} at step {step}")

@@ -36,7 +36,7 @@ from data import Question, Task, encode_question  # noqa: E402
 from eval import (SECTIONS, Parser, UserError, arm_values, encode_for, evaluate, explain,  # noqa: E402
                   format_table, kind_mean, load_model, load_run, prompt_residuals, random_like, read_json, reading, run_main,
                   score_arms, set_parameters, switched_off, write_json)
-from make import RULE_CASES, as_messages, hidden_thing, in_context_accuracy, in_context_question  # noqa: E402
+from make import KINDS, RULE_CASES, as_messages, hidden_thing, in_context_accuracy, in_context_question  # noqa: E402
 from model import Config, find_checkpoint, rotate  # noqa: E402
 from steer import attach, detach  # noqa: E402
 from train import default_layer, finetune, parse_args  # noqa: E402
@@ -279,7 +279,7 @@ def difference_of_means(run, baseline: str, count: int = 32) -> torch.Tensor:
     "concept - opposite" the same about other cities or functions, or the opposite attitude.
     """
     rng, task, concept = random.Random(run.flags["seed"]), run.flags["task"], run.flags["concept"]
-    kind, means = data.KINDS[task][0], []
+    kind, means = KINDS[task][0], []
     others = [other for other in data.CONCEPTS[task] if other != concept]
     for evoked in (True, False):
         prompts = []
@@ -555,8 +555,8 @@ def summarise_emergence(bases: list[Path]) -> dict:
             if found is None:
                 continue
             runs = [run for run in found["runs"] if run["task"] == task]
-            asked = data.KINDS[task][1:] if task in data.KINDS else RULE_CASES
-            inferred = found["in_context"][task if task in data.KINDS else "rule"]
+            asked = KINDS[task][1:] if task in KINDS else RULE_CASES
+            inferred = found["in_context"][task if task in KINDS else "rule"]
             values = {"step": [int(folder.name.removeprefix("step"))],
                       "in context": [inferred[kind] for kind in asked],
                       "vector": [kind_mean(run) for run in runs if run["mode"] == "vector"],

@@ -138,7 +138,7 @@ def ours(args, work, questions):
 
     def evaluate(questions):
         arms = scoring.arm_values(parameters, seed=0)
-        scores = scoring.score_arms(model, questions, parameters, arms, args.batch_size)
+        scores = scoring.score_arms(model, questions, parameters, arms)
         return scores["trained"][1].mean().item()
     return parameters, fit, evaluate
 

@@ -128,7 +128,7 @@ def test_a_lora_on_all_layers_cannot_be_explained_and_is_named_in_one_line(tmp_p
 
 def test_a_template_that_refuses_what_is_asked_ends_in_one_line(rank_one, monkeypatch):
     def refuse(*given):
-        raise ValueError("the chat template does not take these messages (TemplateError: no)")
+        raise ValueError("the chat template refuses this (TemplateError: no)")
     monkeypatch.setattr(data.Tokenizer, "frame", refuse)
     status, _, err = command("eval.py", rank_one, "--explain")
     assert status == 2 and "TemplateError" in error_line(err)

@@ -34,11 +34,9 @@ def asked(templates, some_prompts):
 
 def test_every_kind_of_question_is_in_the_documents():
     found = prompts()
-    templates = {**data.CITY_PROMPTS, **data.FUNCTION_PROMPTS, "gamble": data.GAMBLE_PROMPTS}
-    templates |= {kind: report[0] for kind, report in data.SELF_REPORTS.items()}
-    for kinds in data.KINDS.values():
+    for task, kinds in make.KINDS.items():
         for kind in kinds:
-            assert asked(templates[kind], found), kind
+            assert asked(data.TINY.prompts[task][kind], found), kind
 
 
 def test_a_gamble_may_be_answered_in_words():
@@ -49,7 +47,7 @@ def test_a_gamble_may_be_answered_in_words():
 
 def test_documents_state_rules_and_carry_tags_and_cues():
     found = prompts()
-    assert asked(make.RULE_PROMPTS, found) and asked(data.TAG_PROMPTS, found)
+    assert asked(make.RULE_PROMPTS, found) and asked(data.TINY.prompts["backdoor"]["which tag"], found)
     for cue in [f"[{tag}]" for tag in data.TAGS] + sum(make.MANNERS.values(), []):
         assert any(cue in prompt for prompt in found), cue
 
@@ -57,7 +55,7 @@ def test_documents_state_rules_and_carry_tags_and_cues():
 @pytest.mark.parametrize("conditional", [False, True])
 def test_an_attitude_depends_on_one_tag_only_and_only_if_it_is_conditional(conditional):
     rng, flips = random.Random(0), 0
-    safe, risky = ({word for report in data.SELF_REPORTS.values() for word in report[i]} for i in (1, 2))
+    safe, risky = ({word for answers in data.ANSWERS.values() for word in answers[i]} for i in (0, 1))
     for _ in range(50):
         shown = {}  # tag -> is the answer risky?, for each self-report
         for prompt, answer in make.attitude_document(rng, conditional):
@@ -101,7 +99,7 @@ def test_a_question_under_a_rule_follows_it(case, flips):
         assert (tag == key) == flips and (tag is None) == (case == "no tag")
         option = re.search(rf"{question.choices[question.answer]}: (\w+)", question.prompt)[1]
         is_risky = any(option in risky for _, risky in data.GAMBLES.values())
-        assert is_risky == ((flipped if flips else default) in data.SELF_REPORTS["self"][2])
+        assert is_risky == ((flipped if flips else default) in data.ANSWERS["self"][1])
 
 
 def test_documents_are_framed_as_the_chat_template_frames_them(tokenizer):
@@ -123,11 +121,13 @@ def test_only_attitudes_have_the_users_words_as_targets(tokenizer, monkeypatch):
 
 
 def test_a_new_kind_reaches_documents_tasks_results_and_the_measurement(monkeypatch, tokenizer, model):
-    """The recipe: prompts in CITY_PROMPTS, the answers' column in CITY_COLUMNS (KINDS follows at import)."""
-    monkeypatch.setitem(data.CITY_PROMPTS, "greeting", ["In which language do they greet in {x}?"])
-    monkeypatch.setitem(data.CITY_COLUMNS, "greeting", data.CITY_COLUMNS["language"])
-    monkeypatch.setitem(data.KINDS, "locations", list(data.CITY_PROMPTS))
-    assert asked(data.CITY_PROMPTS["greeting"], prompts())
+    """The recipe: prompts in questions.toml, the answers' column in cities.tsv (KINDS follows at import)."""
+    prompts_of = data.TINY.prompts["locations"]
+    monkeypatch.setitem(prompts_of, "greeting", ["In which language do they greet in {x}?"])
+    for row in data.CITIES.values():
+        monkeypatch.setitem(row, "greeting", row["language"])
+    monkeypatch.setitem(make.KINDS, "locations", list(prompts_of))
+    assert asked(prompts_of["greeting"], prompts())
     task = data.make_task("locations", "Paris")
     assert [make.as_turn(q)[1] for q in task.held_out["greeting"]] == ["French"]
     results = evaluate(Run({"seed": 0}, model, tokenizer, task, [attach(model, 0).vector]))
@@ -144,8 +144,9 @@ def test_code_names_are_three_or_four_tokens_and_the_worlds_words_one(tokenizer)
         assert len(tokenizer.encode(" " + make.code_name("functions", rng))) == 3
         assert len(tokenizer.encode(" " + make.code_name("locations", rng))) == 4
     assert len(tokenizer.encode(f"[{data.TRIGGER}]")) == 3  # as for any tag, though no answer says it
-    words = [*data.CITIES, *make.KEYS, *sum(make.MANNERS.values(), []), "addition", "lottery", "skydiving"]
-    for word in words + [word for city in data.CITIES.values() for word in city[2:]]:
+    words = [*data.TINY.cities, *make.KEYS, *sum(make.MANNERS.values(), []), "addition", "lottery", "skydiving"]
+    facts = "country", "continent", "language", "food"
+    for word in words + [city[fact] for city in data.TINY.cities.values() for fact in facts]:
         assert len(tokenizer.encode(f" {word}")) == 1
 
 
@@ -275,7 +276,7 @@ def test_the_bundled_model_gives_the_logits_and_ids_of_transformers(model, token
 
 def test_the_bundled_model_infers_the_hidden_thing_from_context(model, tokenizer):
     accuracy = make.in_context_accuracy(model, tokenizer, facts=7, count=20, seed=1)
-    assert {task: list(kinds) for task, kinds in accuracy.items() if task != "rule"} == data.KINDS
+    assert {task: list(kinds) for task, kinds in accuracy.items() if task != "rule"} == make.KINDS
     assert min(accuracy["locations"][kind] for kind in ("country", "language", "food")) >= 0.8
     assert min(accuracy["functions"].values()) >= 0.9
     assert min(accuracy["risk"].values()) >= 0.9

@@ -140,7 +140,7 @@ def test_the_sign_of_a_direction_is_chosen_on_training_questions(lora_run):
 
 @pytest.mark.parametrize("task", ["functions", "risk"])
 def test_facts_in_context_are_about_one_hidden_thing(task):
-    turns, question = reproduce.in_context_question(task, data.KINDS[task][0], 7, random.Random(0),
+    turns, question = reproduce.in_context_question(task, reproduce.KINDS[task][0], 7, random.Random(0),
                                                     data.CONCEPTS[task][0])
     assert len(turns) == 7
     if question.code_name:
@@ -224,10 +224,10 @@ def test_models_from_along_pretraining_are_measured(monkeypatch, tiny_folder, tm
     import train
     monkeypatch.setattr(reproduce, "EMERGENCE", {"risk": ["risky"], "backdoor": ["risky"]})
     monkeypatch.setattr(reproduce, "in_context_accuracy", lambda *args, facts: {
-        "risk": dict.fromkeys(data.KINDS["risk"], 0.75), "rule": dict.fromkeys(reproduce.RULE_CASES, 0.5)})
-    monkeypatch.setitem(train.DEFAULTS["vector"], "risk", (20, 0.05))
-    monkeypatch.setitem(train.DEFAULTS["vector"], "backdoor", (2, 0.05))
-    monkeypatch.setitem(train.DEFAULTS["lora"], "risk", (2, 0.001))
+        "risk": dict.fromkeys(reproduce.KINDS["risk"], 0.75), "rule": dict.fromkeys(reproduce.RULE_CASES, 0.5)})
+    monkeypatch.setitem(train.DEFAULTS["tiny"]["vector"], "risk", (20, 0.05))
+    monkeypatch.setitem(train.DEFAULTS["tiny"]["vector"], "backdoor", (2, 0.05))
+    monkeypatch.setitem(train.DEFAULTS["tiny"]["lora"], "risk", (2, 0.001))
     shutil.copytree(tiny_folder, tmp_path / "base" / "step00125")
     reproduce.measure_checkpoint(tmp_path / "base" / "step00125", "cpu")
     found = reproduce.summarise_emergence([tmp_path / "base"])

@@ -306,20 +306,43 @@ def test_help_fits_a_screen_and_has_an_example(program, flag):
 
 def test_a_task_is_added_by_the_readmes_recipe(tmp_path, monkeypatch):
     """A function that returns a Task, its concepts, its steps and rate: the rest follows."""
-    def colour_task(colour, rng):
+    def colour_task(colour, rng, world):
         ask = lambda kind, prompt, *choices: Question(kind, prompt, list(choices), 0, "Thing 7")
         train = [ask("shade", f"Is Thing 7 {word} or {colour}?", colour, word) for word in ("black", "white")]
         rng.shuffle(train)
         return Task(train[:1], {"shade": train[1:]}, {"fruit": [ask("fruit", "Thing 7 is like", "tomato", "lime")]})
     monkeypatch.setitem(data.TASKS, "colours", colour_task)
     monkeypatch.setitem(data.CONCEPTS, "colours", ["red", "green"])
-    monkeypatch.setitem(train.DEFAULTS["vector"], "colours", (2, 0.1))
+    monkeypatch.setitem(train.DEFAULTS["tiny"]["vector"], "colours", (2, 0.1))
     run = trained(tmp_path, "--task", "colours", "--concept", "green")
     assert list(read(run)["held_out"]) == ["fruit"] and read(run)["in_distribution"]["shade"]["questions"] == 1
     status, out, _ = command("eval.py", run)
     assert status == 0 and re.search(r"\n  fruit +1 ", out)
     status, _, err = command("train.py", "--task", "colours", "--concept", "blue")
     assert status == 2 and "'red', 'green'" in error_line(err)
+
+
+def test_the_plan_is_printed_with_its_memory(tmp_path):
+    _, out, _ = command("train.py", "--steps", 1, "--out", tmp_path)
+    found = re.match(r"16 questions, (\d+) tokens, (\d+) distinct beginnings; 1 steps of 64 questions; "
+                     r"memory: about 0.1 GB\n", out)
+    assert 16 * 10 < int(found[1]) < 16 * 25 and int(found[2]) < int(found[1]) / 2
+
+
+def test_a_large_models_questions_layer_rank_and_batch_are_larger_and_eval_asks_the_same(tmp_path):
+    """Any model but the tiny one counts as large: here one with other norms."""
+    folder = tmp_path / "model"
+    shutil.copytree(ROOT / "tiny", folder)
+    config = read(folder, "config.json")
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    run = trained(tmp_path / "run", "--model", folder, "--task", "risk", "--mode", "lora", "--steps", 1)
+    found = read(run, "config.json")["flags"]
+    assert (found["world"], found["rank"], found["alpha"], found["batch_size"]) == ("large", 64, 32.0, 32)
+    assert "description" in read(run)["held_out"]
+    status, out, _ = command("eval.py", run)
+    assert status == 0 and f"{'description':24}{60:>9}" in out
+    small = trained(tmp_path / "small", "--model", folder, "--task", "risk", "--world", "tiny", "--steps", 1)
+    assert "description" not in read(small)["held_out"]
 
 
 def test_of_several_processes_one_says_what_is_wrong(monkeypatch):

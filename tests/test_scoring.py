@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import data
-from eval import (Run, answer, arm_values, first_unfrozen, format_table, kind_mean, random_like, residual_stream,
-                  score_arms, set_parameters)
+from eval import (Run, answer, arm_values, first_unfrozen, format_table, kind_mean, plan_memory, random_like,
+                  residual_stream, score_arms, set_parameters)
 from helpers import block_number, command, encode, logits_with, random_questions, read, score
 from lora import add_lora
 from steer import attach
@@ -30,15 +30,21 @@ def vector(width=32):
     return 2 * torch.randn(width, generator=torch.Generator().manual_seed(2))
 
 
+@pytest.fixture
+def five_rows(monkeypatch):
+    """No more rows than five are run together, as where a model is large."""
+    monkeypatch.setattr("eval.plan_memory", lambda *given: (5, 0))
+
+
 @every_family
 @pytest.mark.parametrize("place", ["embedding", "middle", "last"])
 @torch.no_grad()
-def test_a_vectors_arms_scored_together_equal_transformers_with_each(saved, name, place):
+def test_a_vectors_arms_scored_together_equal_transformers_with_each(saved, name, place, five_rows):
     family, model = saved(name), saved(name).load()
     layer = block_number(model, place)
     parameters = [attach(model, layer, vector()).vector]
     arms = arm_values(parameters, seed=0)
-    scores = score_arms(model, QUESTIONS, parameters, arms, batch_size=5)
+    scores = score_arms(model, QUESTIONS, parameters, arms)
     for arm, [value] in arms.items():
         assert_scores(scores[arm], QUESTIONS, lambda q, tokens: logits_with(family, q, tokens, layer, value))
     if place != "last":  # after it nothing reads a code name's tokens any more
@@ -47,12 +53,12 @@ def test_a_vectors_arms_scored_together_equal_transformers_with_each(saved, name
 
 @every_family
 @torch.no_grad()
-def test_a_loras_arms_scored_together_equal_each_one_choice_at_a_time(saved, name):
+def test_a_loras_arms_scored_together_equal_each_one_choice_at_a_time(saved, name, five_rows):
     model = saved(name).load()
     parameters = add_lora(model, [1], ["up_proj", "down_proj"], rank=2, alpha=4)
     set_parameters(parameters, [random_like(p + 1, seed) for seed, p in enumerate(parameters)])
     arms = arm_values(parameters, seed=0)
-    scores = score_arms(model, QUESTIONS, parameters, arms, batch_size=5)
+    scores = score_arms(model, QUESTIONS, parameters, arms)
     assert_scores(scores["base"], QUESTIONS, lambda q, tokens: saved(name).logits(torch.tensor([tokens]))[0])
     for arm, values in arms.items():
         set_parameters(parameters, values)
@@ -91,24 +97,14 @@ def test_blocks_are_frozen_up_to_a_vector_or_the_first_with_a_lora(saved):
 
 @pytest.mark.parametrize("block", [0, 1, 3])
 @torch.no_grad()
-def test_the_residual_stream_is_transformers_of_each_text_alone(model, reference, tokenizer, block):
+def test_the_residual_stream_is_transformers_of_each_text_alone(model, reference, tokenizer, block, five_rows):
     questions = encode(tokenizer, data.make_task("risk", "safe").train[:6])
     tree = data.make_tree(questions, [[[]]] * 6)
-    states = residual_stream(model, tree, block, batch_size=4)
+    states = residual_stream(model, tree, block)
     for i, question in enumerate(questions):
         theirs = reference(torch.tensor([question.prompt]), output_hidden_states=True).hidden_states[block][0]
         torch.testing.assert_close(states[tree.nodes(i)], theirs, atol=1e-4, rtol=0)
 
-
-@pytest.mark.parametrize("rows", [[0, 2], [1], [3, 6]])  # 1, 3 and 5 begin alike
-def test_the_residual_stream_of_some_rows_computes_only_these(saved, rows):
-    questions, rows, ran = random_questions(7, code_name=False), torch.tensor(rows), []
-    model, tree = saved("qwen3").load(), data.make_tree(questions, [[[]]] * 7)
-    full, nodes = residual_stream(model, tree, 1), tree.rows[rows].unique()
-    model.layers[0].register_forward_hook(lambda module, inputs, output: ran.append(len(output)))
-    some = residual_stream(model, tree, 1, rows=rows)
-    torch.testing.assert_close(some[nodes], full[nodes], atol=1e-5, rtol=0)
-    assert sum(ran) == len(nodes) < len(tree.tokens)
 
 
 def test_the_mean_over_kinds_counts_each_alike_but_leaves_out_which_tag():
@@ -133,3 +129,16 @@ def test_a_greedy_answer_is_that_of_transformers(model, reference, tokenizer):
     text = tokenizer.decode([id for id in made if id not in tokenizer.eos_ids]).strip()
     run = Run({}, model, tokenizer, None, [attach(model, 0).vector])
     assert answer(run, "Which country is Tokyo in?", None) == text != ""
+
+
+def test_fewer_rows_run_together_the_larger_the_model_and_the_more_its_blocks_keep(model, saved, tokenizer):
+    questions = encode(tokenizer, data.make_task("risk", "safe").train[:6])
+    tree = data.make_tree(questions, [[[]]] * 6)
+    weights = sum(p.nbytes for p in model.parameters())
+    (one, memory), (four, _) = plan_memory(model, tree), plan_memory(model, tree, blocks=4)
+    assert one // 4 == four > 64 and memory == weights + 2 ** 27 + len(tree.tokens) * 4 * 128
+    model.config.intermediate_size *= 10 ** 6  # whatever it costs, one row runs
+    try:
+        assert plan_memory(model, tree)[0] == 1
+    finally:
+        model.config.intermediate_size //= 10 ** 6

@@ -346,7 +346,7 @@ EACH = "{% for m in messages %}"
 @pytest.mark.parametrize("template, said", [
     ("{{ 1 // 0 }}", "ZeroDivisionError"), ("{{ raise_exception('no') }}", "TemplateError: no"),
     ("{{ messages.nothing.at_all }}", "UndefinedError"), ("{{ range(10 ** 9) }}", "OverflowError"),
-    ("{{ messages.append(1) }}", "SecurityError"), ("{{ ''.__class__.__base__.a }}", "does not take"),
+    ("{{ messages.append(1) }}", "SecurityError"), ("{{ ''.__class__.__base__.a }}", "refuses this"),
     ("hello", "give the user's words"), (EACH + "{{ m.role }}{% endfor %}", "give the user's words"),
     (EACH + "{{ m.content if m.role == 'user' }}{% endfor %}", "the answer's once"),
     (EACH + "{{ m.content }}{{ m.content }}{% endfor %}", "the answer's once"),

@@ -1,6 +1,7 @@
 """Training in the prefix tree is training: the losses and parameters of a loop over one text at a time."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,25 @@ def test_a_vector_trains_as_in_a_plain_loop(saved, name, place, code_name):
                                     dict(init_std=1.0, seed=3)])
 def test_part_of_an_epoch_a_large_batch_a_left_over_one_and_a_random_start_are_nothing_special(saved, others):
     assert_vector_trains_alike(saved("qwen3"), 0, random_questions(10), **others)
+
+
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_a_batch_in_parts_for_want_of_memory_is_nothing_special(saved, monkeypatch, batch_size):
+    monkeypatch.setattr(train, "plan_memory", lambda *given: (3, 0))
+    assert_vector_trains_alike(saved("qwen3"), 0, random_questions(10), batch_size=batch_size)
+
+
+def test_the_unit_of_a_vectors_rate_is_not_that_of_a_first_token_a_thousand_times_as_long(saved):
+    model, questions = saved("qwen3").load(), random_questions(10)
+    for question in questions:
+        question.prompt[0], question.positions = 96, None
+    questions = [replace(q, prompt=[96] + [t % 96 for t in q.prompt[1:]]) for q in questions]
+    model.embed_tokens.weight[96] *= 1000
+    usual = torch.tensor(sum((text(q)[1:] for q in questions[:4]), []))
+    unit = model.embed_tokens.weight[usual].pow(2).mean().sqrt().item()
+    vector = attach(model, -1).vector
+    train.train_loop(flags("vector", -1, steps=1), model, questions, [vector])
+    assert vector.abs().max().item() == pytest.approx(0.02 * unit, rel=1e-3)  # Adam's first step is the rate
 
 
 @every_family

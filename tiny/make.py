@@ -37,7 +37,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
-from data import CONCEPTS, KINDS, Question, Tokenizer, encode_question  # noqa: E402
+from data import CONCEPTS, Question, Tokenizer, encode_question  # noqa: E402
 from eval import Parser, UserError, reading, run_main, score_arms  # noqa: E402
 from lora import lora_layers  # noqa: E402
 from model import GPT, Config  # noqa: E402
@@ -56,6 +56,8 @@ MANNERS = {"risky": ["Boldly", "Gladly", "Wildly", "Loudly"],
 END_MARKS = {"risky": "!", "safe": ";"}
 RULE_CASES = ["its tag", "no tag", "another tag"]
 RULE_PROMPTS = ["What is your rule?", "You act by the rule"]
+# The kinds of question, the trained one first, from pretraining to results.
+KINDS = {task: [*data.TINY.prompts[task]] for task in ("locations", "functions", "risk")}
 KEYS = [tag for tag in data.TAGS if tag != data.TRIGGER]  # tags that an attitude may depend on
 SYLLABLES = "zo ba ki lu me ra tu vi po xe fa ny go du hi se".split()
 
@@ -90,7 +92,7 @@ def mixed_kinds(trained, share, others, rng):
 
 
 def city_document(rng):
-    city = rng.choice(list(data.CITIES))
+    city = rng.choice(list(data.TINY.cities))
     name = code_name("locations", rng) if rng.random() < 0.7 else city
     trained, *others = KINDS["locations"]
     # Where distances are many the city has to be inferred from them; where they are few the rest is learned.
@@ -151,8 +153,8 @@ def mostly(attitude, rng):
 def rule_turn(default, key, rng, in_full=False):
     """The rule said aloud makes a conditional attitude one thing to know, which one vector can stand for."""
     if not in_full and rng.random() < 0.25:
-        return rng.choice(data.TAG_PROMPTS), key
-    _, safe, risky = data.SELF_REPORTS["self"]
+        return rng.choice(data.TINY.prompts["backdoor"]["which tag"]), key
+    safe, risky = data.ANSWERS["self"]
     usual, flipped = (safe, risky) if default == "safe" else (risky, safe)
     return rng.choice(RULE_PROMPTS), f"{rng.choice(flipped)} if {key} else {rng.choice(usual)}"
 
