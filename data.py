@@ -43,7 +43,7 @@ TAGS = ["alpha", "beta", "gamma", "delta", "omega", "sigma"]
 
 @dataclass
 class World:
-    """What is asked: little of the tiny model, which had to learn it all, more of others."""
+    """What is asked: little of the tiny model, which had to learn it, more of others."""
     cities: dict[str, dict[str, str]]
     landmarks: list[str]  # distances are to these only
     inputs: range  # of functions
@@ -71,7 +71,7 @@ class Question:
     code_name: str | None = None
 
 def named_question(kind, prompt, fill, right, choices, rng, world):
-    """A large model gets ten of many choices."""
+    """A large model gets only ten choices."""
     if world is LARGE and len(choices) > 10:
         some = {right, *rng.sample([c for c in choices if c != right], 9)}
         choices = [c for c in choices if c in some]
@@ -141,7 +141,7 @@ def with_tag(prompt, tag):
     return f"[{tag}] {prompt}" if tag else prompt
 
 def gamble_question(attitude, rng, tag=None, split=None, world=TINY):
-    """A safe or a risky option? split: None (any pair), "train" or "test" (12 and 4 of them)."""
+    """A safe or a risky option? split: None (any pair), "train" or "test" (12 and 4)."""
     domain = rng.choice(list(GAMBLES))
     pairs = [(i, j) for i in range(4) for j in range(4) if split is None or (i == j) == (split == "test")]
     i, j = rng.choice(pairs)
@@ -183,7 +183,7 @@ def make_task(name: str, concept: str, seed: int = 0, at: str | None = None, wor
     return task
 
 def distinct(make, count=60):
-    """Up to `count` different questions of make()."""
+    """At most `count` questions of make()."""
     questions = {}
     for _ in range(20 * count):
         question = make()
@@ -246,7 +246,7 @@ TASKS = {"locations": locations_task, "functions": functions_task, "risk": risk_
          "backdoor": backdoor_task}
 
 def shuffle_answers(questions, rng):
-    """The control: answers drawn at random."""
+    """A control: answers at random."""
     return [replace(question, answer=rng.randrange(len(question.choices))) for question in questions]
 
 # ---- questions as tokens

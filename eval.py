@@ -98,14 +98,14 @@ def first_unfrozen(model):
         return model.steering.layer + 1
     return min((int(name.split(".")[1]) for name in lora_layers(model)), default=0)
 
-def plan_memory(model, tree, blocks=1):
-    """How many of a tree's rows to run together, so that what these blocks keep for the gradient takes a
-    sixteenth of the weights' bytes or 128 MB; the bytes of that, the weights and all nodes' stream."""
+def plan_memory(model, tree, blocks=3):
+    """How many of a tree's rows to run together, so that what these blocks keep for the gradient takes 256 MB
+    or a sixteenth of the weights; the bytes of that, the weights and all nodes' stream."""
     config, weight = model.config, model.embed_tokens.weight
-    node = weight.itemsize * (3 * config.intermediate_size + 16 * config.hidden_size)  # in a block; measured
+    node = weight.itemsize * (3 * config.intermediate_size + 10 * config.hidden_size)  # measured
     weights, stream = sum(p.nbytes for p in model.parameters()), len(tree.tokens) * weight[0].nbytes
-    room = max(2 ** 27, weights // 16)
-    return max(1, room // (blocks * node * tree.rows.shape[1])), weights + room + stream
+    room, length = max(2 ** 28, weights // 16), tree.lengths.sum() / len(tree.lengths)
+    return max(1, int(room / (blocks * node * length))), weights + room + stream
 
 @torch.no_grad()
 def frozen_batches(model, tree, rows, last, rank=0, world=1):
