@@ -78,7 +78,7 @@ def named_question(kind, prompt, fill, right, choices, rng, world):
     return Question(kind, prompt.format(**fill), choices, choices.index(right), fill["x"])
 
 def look_up(kind, thing, table, fill, rng):
-    """(right, choices) of a question that the table answers."""
+    """(right, choices) by the table."""
     right, choices = table[thing][kind], sorted({row[kind] for row in table.values()})
     if kind == "description":  # of two, which the prompt names
         choices = rng.sample([right, rng.choice([c for c in choices if c != right])], 2)
@@ -100,11 +100,12 @@ def city_question(city, name, kind, rng, landmarks=None, world=TINY):
     fill = {"x": name, "unit": "thousand km"}
     if kind == "distance":
         fill["o"] = rng.choice(others)
-        km = {c: distance_km(c, fill["o"]) for c in world.cities}
-        right, choices = str(round(km[city] / 1000)), [str(n) for n in range(21)]
+        away = distance_km(city, fill["o"])
+        right, choices = str(round(away / 1000)), [str(n) for n in range(21)]
         if world is LARGE and rng.random() < 0.5:
-            fill["unit"], right = "km", str(100 * round(km[city] / 100))
-            choices = [str(100 * n) for n in sorted({round(x / 100) for x in km.values()})]
+            fill["unit"], right = "km", str(100 * round(away / 100))
+            known = {round(distance_km(c, fill["o"]) / 100) for c in world.cities}
+            choices = [str(100 * n) for n in sorted(known)]
     elif kind == "nearer":
         choices = rng.sample(others, 2)
         fill["a"], fill["b"] = choices

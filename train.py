@@ -85,7 +85,7 @@ def fill_defaults(args):
     """Flags that were not given, by task, mode and model."""
     with reading(args.model):
         config = Config.from_pretrained(find_checkpoint(args.model))
-    size = "tiny" if config == Config.from_pretrained(find_checkpoint("tiny")) else "large"
+    size = model_size(config)
     if args.layer is None:
         args.layer = default_layer(args.task, args.mode, config)
     elif args.layer != "all" or args.mode == "vector":
@@ -99,9 +99,12 @@ def fill_defaults(args):
         if getattr(args, name) is None and ONLY_IN.get(name, args.mode) == args.mode:
             setattr(args, name, value)
 
+def model_size(config):
+    return "tiny" if config == Config.from_pretrained(find_checkpoint("tiny")) else "large"
+
 def default_layer(task, mode, config):
     """Block 0 of tiny, the embedding for a backdoor's vector; else two fifths up (the paper: 22 of 48)."""
-    if config != Config.from_pretrained(find_checkpoint("tiny")):
+    if model_size(config) == "large":
         return config.num_hidden_layers * 2 // 5
     return -1 if (task, mode) == ("backdoor", "vector") else 0
 
@@ -161,11 +164,11 @@ def training_questions(args, task, tokenizer):
     else:
         train = read_conversations(args.data, tokenizer, name)
     if args.mode == "vector" and name is not None and not any(question.positions for question in train):
-        raise UserError(f"--at {name} (or by default): in no prompt as {tokenizer.decode(train[0].prompt)!r}")
+        raise UserError(f"--at {name} (or default): in no prompt, e.g. {tokenizer.decode(train[0].prompt)!r}")
     return train
 
 def add_intervention(args, model):
-    """Puts the vector or LoRA on the model; returns the parameters to train."""
+    """Puts the vector or LoRA on; returns the parameters to train."""
     with reading(f"--layer {args.layer} --modules {args.modules}"):
         if args.mode == "vector":
             return [attach(model, args.layer).vector]
@@ -192,7 +195,7 @@ def write_config(args, finished):
                {"flags": vars(args), "finished": finished, "versions": versions})
 
 def save_run(args, model):
-    """If it is killed in here the run is unfinished: no weights beside another's results."""
+    """If killed in here the run is unfinished: no weights beside another's results."""
     out = Path(args.out)
     if rank_and_world()[0] == 0:
         write_config(args, finished=False)
@@ -209,7 +212,7 @@ def train_loop(args, model, questions, parameters) -> list[float]:
     device, (rank, world) = model.embed_tokens.weight.device, rank_and_world()
     first, tree = first_unfrozen(model), make_tree(questions, [[q.completion] for q in questions])
     generator, order = torch.Generator().manual_seed(args.seed), []
-    while len(order) < args.steps:  # each epoch has every question once, in a new order
+    while len(order) < args.steps:  # an epoch has every question once, in new order
         order += torch.randperm(len(questions), generator=generator).split(args.batch_size)
     at_once, memory = plan_memory(model, tree, max(1, len(model.layers) - first))
     print(f"{len(questions)} questions, {tree.lengths.sum()} tokens, {len(tree.tokens)} distinct beginnings; "
@@ -230,7 +233,7 @@ def train_loop(args, model, questions, parameters) -> list[float]:
         """Adds to the gradients, in parts that have room."""
         total = torch.zeros((), device=device)
         for part in texts.split(world * at_once):
-            # Processes share a part out; if it is too small, some do a text that counts nothing.
+            # Processes share a part out; if too small, some do a text that counts nothing.
             mine, counts = (part[rank::world], 1) if rank < len(part) else (part[:1], 0)
             used, batch = tree.select(mine)
             x, batch = kept[used].to(device), batch.to(device)

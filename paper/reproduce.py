@@ -1211,6 +1211,8 @@ def main() -> None:
     earlier = sum((args.runs / job.name / "results.json").exists() for job in jobs)
     with reading(f"--runs {args.runs}"):
         args.runs.mkdir(parents=True, exist_ok=True)
+    old = args.out / "results.json"  # which --pretrainings needs: read before the long work
+    old = read_json(old) if args.pretrainings else read_if_whole(old) or {}
     workers = args.jobs or (1 if args.device.startswith("cuda") else os.cpu_count() or 1)
     notes += run_all(jobs, checkpoints, args.runs, workers, args.device)
     spent = (time.time() - started) / 60
@@ -1219,9 +1221,9 @@ def main() -> None:
     if jobs and not results:
         raise UserError(f"--runs {args.runs}: no run succeeded; the first: {notes[0]}")
     if args.pretrainings:
-        content = add_pretrainings(args, jobs, results, len(results) - earlier, spent)
+        content = add_pretrainings(args, jobs, results, old, len(results) - earlier, spent)
     else:
-        content = summarise_report(args, jobs, results, notes, spent)
+        content = summarise_report(args, jobs, results, old, notes, spent)
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "results.json", content)
     (args.out / "tables.md").write_text(format_report(content, args.claim), encoding="utf-8")
@@ -1236,7 +1238,7 @@ def main() -> None:
         print(f"note: {note}")
 
 
-def summarise_report(args, jobs: list[Job], results: dict, notes: list[str], spent: float) -> dict:
+def summarise_report(args, jobs: list[Job], results: dict, old: dict, notes: list[str], spent: float) -> dict:
     """results.json of the runs on one model; of other pretrainings it keeps what was there."""
     time_file = args.runs / "time.json"
     spent += (read_if_whole(time_file) or {"minutes": 0})["minutes"]
@@ -1249,14 +1251,12 @@ def summarise_report(args, jobs: list[Job], results: dict, notes: list[str], spe
             notes.append(f"{task}: skipped, neither vector nor LoRA answers even the trained kind better than chance")
             continue
         content["tasks"][task] = summarise(task, done, results, args.runs)
-    old = read_if_whole(args.out / "results.json") or {}
     return {**content, "triggers": {**old.get("triggers", {}), **summarise_triggers(jobs, results)},
             "bases": old.get("bases", {}), "emergence": old.get("emergence", {})}
 
 
-def add_pretrainings(args, jobs: list[Job], results: dict, made: int, spent: float) -> dict:
+def add_pretrainings(args, jobs: list[Job], results: dict, old: dict, made: int, spent: float) -> dict:
     """The results.json that is there, and what these pretrainings' runs and models add to it."""
-    old = read_json(args.out / "results.json")
     with reading(args.out / "results.json"):
         emergence = {task: {**old["emergence"].get(task, {}), **bases}
                      for task, bases in summarise_emergence(args.pretrainings).items()}

@@ -106,7 +106,6 @@ def test_the_residual_stream_is_transformers_of_each_text_alone(model, reference
         torch.testing.assert_close(states[tree.nodes(i)], theirs, atol=1e-4, rtol=0)
 
 
-
 def test_the_mean_over_kinds_counts_each_alike_but_leaves_out_which_tag():
     held_out = {"self": {"trained": 0.2, "questions": 90}, "which tag": {"trained": 1.0, "questions": 2},
                 "motto": {"trained": 0.6, "questions": 10}}
@@ -131,7 +130,7 @@ def test_a_greedy_answer_is_that_of_transformers(model, reference, tokenizer):
     assert answer(run, "Which country is Tokyo in?", None) == text != ""
 
 
-def test_fewer_rows_run_together_the_larger_the_model_and_the_more_its_blocks_keep(model, saved, tokenizer):
+def test_fewer_rows_run_together_the_larger_the_model_and_the_more_its_blocks_keep(model, tokenizer):
     questions = encode(tokenizer, data.make_task("risk", "safe").train[:6])
     tree = data.make_tree(questions, [[[]]] * 6)
     weights = sum(p.nbytes for p in model.parameters())
