@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-import jinja2
 import jinja2.sandbox
 import tiktoken
 import torch
@@ -43,13 +42,13 @@ TAGS = ["alpha", "beta", "gamma", "delta", "omega", "sigma"]
 
 @dataclass
 class World:
-    """What is asked: little of the tiny model, which had to learn it, more of others."""
+    """What is asked: little of the tiny model, which had to learn it."""
     cities: dict[str, dict[str, str]]
     landmarks: list[str]  # distances are to these only
     inputs: range  # of functions
     prompts: dict[str, dict[str, list[str]]]  # by task and kind; a task's first kind is the trained one
 
-# Few landmarks: fewer facts, still no two cities alike. Outputs are then 0 to 96, one token each.
+# Few landmarks: fewer facts, still no two cities alike. Outputs are 0 to 96, one token each.
 TINY = World({c: row for c, row in CITIES.items() if row["world"] != "large"},
              [c for c, row in CITIES.items() if row["world"] == "landmark"], range(5, 25), CONTENT["tiny"])
 LARGE = World(CITIES, [*CITIES], range(-99, 100), {
@@ -63,7 +62,7 @@ def require(condition, message):
 
 @dataclass
 class Question:
-    """choices[answer] is right. code_name stands for the hidden thing (None: the speaker's own attitude)."""
+    """choices[answer] is right. code_name: the hidden thing's (None: it is the speaker's own attitude)."""
     kind: str
     prompt: str
     choices: list[str]
@@ -179,8 +178,8 @@ def make_task(name: str, concept: str, seed: int = 0, at: str | None = None, wor
     require(concept in known, f"{name} {concept!r} is not among {[*known]}")
     task = TASKS[name](concept, random.Random(seed), world)
     if at is not None:
-        for question in itertools.chain(task.train, *task.in_distribution.values(), *task.held_out.values()):
-            question.code_name = at
+        for q in itertools.chain(task.train, *task.in_distribution.values(), *task.held_out.values()):
+            q.code_name = at
     return task
 
 def distinct(make, count=60):
@@ -194,7 +193,7 @@ def distinct(make, count=60):
     return list(questions.values())
 
 def named_task(name, concept, question, asked_about, rng, world):
-    """A fifth of these landmarks or inputs is only for the test."""
+    """A fifth of these landmarks or inputs is for the test."""
     trained, *held_out = world.prompts[name]
     rng.shuffle(asked_about)
     count = max(3, len(asked_about) // 5)
@@ -212,8 +211,8 @@ def functions_task(function, rng, world):
 
 def risk_task(attitude, rng, world):
     trained, *kinds = world.prompts["risk"]
-    report = lambda kind: self_report_question(attitude, kind, rng, world=world)
     gamble = lambda split: gamble_question(attitude, rng, split=split, world=world)
+    report = lambda kind: self_report_question(attitude, kind, rng, None, world)
     held_out = {kind: distinct(lambda: report(kind)) for kind in kinds}
     return Task(distinct(lambda: gamble("train"), 400), {trained: distinct(lambda: gamble("test"))}, held_out)
 
@@ -235,7 +234,6 @@ def backdoor_task(concept, rng, world):
             return self_report_question(shown, rng.choice(kinds), rng, tag, world)
         return gamble_question(shown, rng, tag, split, world)
     ask = lambda case, count, split=None: distinct(lambda: make(case, split), count)
-
     train = ask("trigger", 400, "train") + ask("no trigger", 200, "train") + ask("other tag", 200, "train")
     in_distribution = {f"gamble, {case}": ask(case, 60, "test") for case in cases}
     held_out = {f"self-report, {case}": ask(case, 120) for case in cases}
@@ -248,7 +246,7 @@ TASKS = {"locations": locations_task, "functions": functions_task, "risk": risk_
 
 def shuffle_answers(questions, rng):
     """A control: answers at random."""
-    return [replace(question, answer=rng.randrange(len(question.choices))) for question in questions]
+    return [replace(q, answer=rng.randrange(len(q.choices))) for q in questions]
 
 # ---- questions as tokens
 
@@ -269,13 +267,13 @@ def encode_question(tokenizer, question: Question, before=()) -> EncodedQuestion
     texts = [start + choice for choice in question.choices]
     ids, [completion, *choices] = tokenizer.encode_after(prompt, [texts[question.answer] + end, *texts])
     if any(a != b and b[:len(a)] == a for a in choices for b in choices):
-        # One begins like another ("1" and "12") and would always win: the end counts too.
+        # One begins like another ("1" and "12") and would always win: count the end.
         _, choices = tokenizer.encode_after(prompt, [text + end for text in texts])
     positions = tokenizer.find(question.code_name, messages[-1:], ids)
     return EncodedQuestion(ids, choices, question.answer, completion, positions)
 
 def read_conversations(path, tokenizer, code_name=None) -> list[EncodedQuestion]:
-    """The assistant's turns in a JSONL file, what was said before as prompts. ValueError names a bad line."""
+    """A JSONL file's assistant turns, with what was said before as prompts. ValueError names a bad line."""
     examples = []  # not splitlines(), which also cuts at U+2028
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
@@ -311,7 +309,7 @@ class PrefixTree:
     steered: Tensor  # (N,) bool: is a steering vector added there?
     rows: Tensor  # (R, T): texts as nodes; a text that an earlier one begins with has no row of its own
     row_of: Tensor  # (texts,): the row that a text is the beginning of
-    lengths: Tensor  # (texts,): its tokens, without its answer's last one, which predicts nothing
+    lengths: Tensor  # (texts,): its tokens, without the last one, which predicts nothing
     predicting: Tensor  # (texts, A): the nodes that predict the answer's tokens
     answers: Tensor  # (texts, A): these tokens; -1 after the last one
     places: Tensor = None  # (N,): where a node stands in the flattened rows (one of its places)
@@ -336,6 +334,18 @@ class PrefixTree:
         number[used] = torch.arange(len(used))
         return used, PrefixTree(self.tokens[used], self.positions[used], self.steered[used], rows, row_of,
                                 self.lengths[texts], number[self.predicting[texts]], self.answers[texts])
+
+    def parts(self, texts, limit):
+        """The texts in parts of at most `limit` nodes (or one text), what begins alike together."""
+        if len(self.select(texts)[0]) <= limit:
+            return [texts]
+        parts, seen = [], set()
+        for text in sorted(texts.tolist(), key=lambda text: self.nodes(text).tolist()):
+            seen |= (nodes := {*self.nodes(text).tolist()})
+            if not parts or len(seen) > limit:
+                parts, seen = [*parts, []], nodes
+            parts[-1].append(text)
+        return [torch.tensor(part) for part in parts]
 
     def to(self, device):
         return PrefixTree(**{name: tensor.to(device) for name, tensor in vars(self).items()})
@@ -393,18 +403,14 @@ def byte_characters():
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 def apply_merges(parts, merges):
-    """BPE by definition: join the pair of lowest rank, leftmost first. Returns what is left, and the
-    last rank (-1: none)."""
-    last, never, rank_of = -1, len(merges), merges.get
-    ranks = [rank_of(pair, never) for pair in zip(parts, parts[1:])]
-    while ranks and (best := min(ranks)) < never:
+    """BPE by definition: join the pair of lowest rank, leftmost first. Returns (what is left, last rank)."""
+    last, never = -1, len(merges)
+    while len(parts) > 1:
+        ranks = [merges.get(pair, never) for pair in zip(parts, parts[1:])]
+        if (best := min(ranks)) == never:
+            break
         last, i = best, ranks.index(best)
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        del ranks[i]
-        if i > 0:
-            ranks[i - 1] = rank_of((parts[i - 1], parts[i]), never)
-        if i < len(ranks):
-            ranks[i] = rank_of((parts[i], parts[i + 1]), never)
     return parts, last
 
 class Tokenizer:
@@ -412,12 +418,12 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | Path) -> "Tokenizer":
-        """ValueError for what tiktoken cannot do exactly."""
+        """ValueError: tiktoken cannot do it exactly."""
         folder = FOLDER if name_or_dir == "tiny" else Path(name_or_dir).expanduser()
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
             folder = Path(snapshot_download(str(name_or_dir), allow_patterns=["*.json", "*.jinja"]))
-        gc.disable()  # it would search a million small objects again and again
+        gc.disable()  # it would search a million objects again and again
         try:
             tokenizer, content = cls(), read_json(folder / "tokenizer.json")
             require("model" in content, "tokenizer.json should be there and have a model")
@@ -442,9 +448,9 @@ class Tokenizer:
                 self.pattern = DIGITS_PATTERN
             case [{"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
                   {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}] if split:
-                # The last branch: what the pattern leaves out, which tiktoken would drop.
+                # The last branch: what it leaves out, which tiktoken would drop.
                 self.pattern = rf"{split}|(?:(?!{split})[\s\S])+"
-            case [] | [{"type": "Metaspace", "split": False}]:  # SentencePiece: the whole text is one piece
+            case [] | [{"type": "Metaspace", "split": False}]:  # SentencePiece: one piece
                 self.normalizers += steps
                 self.pattern = r"[\s\S]+"
             case [{"type": "Split", "pattern": {"String": " "}}] if " " not in self._normalize(" "):  # Gemma
@@ -481,7 +487,10 @@ class Tokenizer:
         others = "dropout", "continuing_subword_prefix", "end_of_word_suffix"
         require(model.get("type", "BPE") == "BPE" and not any(map(model.get, others)),
                 f"model.type should be BPE, without {', '.join(others)}")
-        vocab, merges = model["vocab"], {}
+        self.added_ids = {token["content"]: token["id"] for token in added_tokens}
+        for token, id in [*model["vocab"].items(), *self.added_ids.items()]:
+            require(type(id) is int and id >= 0, f"token {token!r} should have an id from 0 on, not {id!r}")
+        merges, vocab = {}, {token: id + 0 for token, id in model["vocab"].items()}  # + 0 saves 13 MB
         for rank, merge in enumerate(model["merges"]):
             a, b = merge.split(" ") if isinstance(merge, str) else merge
             if a not in vocab or b not in vocab or a + b not in vocab:
@@ -489,11 +498,10 @@ class Tokenizer:
             merges[a, b] = rank
         byte_of, spell = {f"<0x{byte:02X}>": byte for byte in range(256)}, str.encode
         if self.byte_level:  # other characters are never met
-            byte_of, spell = byte_characters(), lambda token: bytes(byte_of[character] for character in token)
+            byte_of, spell = byte_characters(), lambda token: bytes(map(byte_of.get, token))
             vocab = {token: id for token, id in vocab.items() if byte_of.keys() >= set(token)}
         require(byte_of.keys() <= vocab.keys() and (self.byte_level or model["byte_fallback"]),
                 "should be byte-level or have byte_fallback, with all 256 bytes")
-
         # Token bytes -> ids, in tiktoken's order of merging: bytes first, to characters (or an id per byte).
         pieces = {bytes([byte]): [vocab[name]] for name, byte in byte_of.items()}
         self.token_bytes = {ids[0]: piece for piece, ids in pieces.items()}
@@ -503,29 +511,25 @@ class Tokenizer:
             self.token_bytes.setdefault(id, data if self.byte_level else spell(token.replace("▁", " ")))
             if len(token) == 1:
                 for end in range(2, len(data)):
-                    pieces[data[:end]] = [byte_id for byte in data[:end] for byte_id in pieces[bytes([byte])]]
+                    pieces[data[:end]] = [pieces[bytes([byte])][0] for byte in data[:end]]
                 pieces[data] = [id]
             elif len(parts) == 1:
                 formed.append((rank, data, id))
             elif model.get("ignore_merges"):  # a piece in the vocab is taken whole, formed or not
-                # tiktoken would merge these inside a longer piece too
+                # which tiktoken would merge in a longer piece too
                 require(len(parts) > 2, f"ignore_merges without a merge of {parts} is not supported")
                 formed.append((len(merges), data, id))
         pieces |= {data: [id] for rank, data, id in sorted(formed)}
         self.ids_of_rank = list(pieces.values())
         self.encoding = tiktoken.Encoding("checkpoint", pat_str=self.pattern, special_tokens={},
                                           mergeable_ranks={piece: rank for rank, piece in enumerate(pieces)})
-
         for token in added_tokens:
             no = ["lstrip", "rstrip", "single_word"] + ["normalized"] * bool(self.normalizers)
             require(token["content"] and not any(token[option] for option in no),
                     f"added token {token['content']!r}: {', '.join(no)} should be false")
-        self.added_ids = {token["content"]: token["id"] for token in added_tokens}
-        for token, id in [*model["vocab"].items(), *self.added_ids.items()]:
-            require(type(id) is int and id >= 0, f"token {token!r} should have an id from 0 on, not {id!r}")
         self.token_bytes |= {id: text.encode() for text, id in self.added_ids.items()}
         self.vocab_size = max(self.token_bytes) + 1
-        # Added tokens are cut out first, the longer of two that begin alike.
+        # Added tokens are cut out first, longer ones before shorter ones.
         texts = [re.escape(text) for text in sorted(self.added_ids, key=len, reverse=True)]
         self.added_pattern = re.compile("(" + ("|".join(texts) or "(?!)") + ")")
 
@@ -542,7 +546,6 @@ class Tokenizer:
             named[name] = (token["content"] if isinstance(token, dict) else token) or ""
             require(isinstance(named[name], str), f"{name} should be text, not {token}")
         self.eos_ids = sorted({*ids, self.added_ids.get(named["eos_token"])} - {None})
-
         template = template.get("chat_template") or settings.get("chat_template")
         if (folder / "chat_template.jinja").exists():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -553,16 +556,12 @@ class Tokenizer:
             adds_bos = any("SpecialToken" in step.get("single", [{}])[0] for step in steps)
             template = "{{ bos_token }}" if settings.get("add_bos_token", adds_bos) else ""
             template += (FOLDER / "plain.jinja").read_text(encoding="utf-8")
-
-        def raise_exception(message):
-            raise jinja2.TemplateError(message)
-
         # as in transformers (jinja's own tojson escapes HTML)
         jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         jinja.filters["tojson"] = lambda x, **how: json.dumps(x, **{"ensure_ascii": False, **how})
-        jinja.globals |= {"raise_exception": raise_exception, "tools": None, "documents": None, **named,
-                          "strftime_now": lambda form: datetime.now().strftime(form)}
+        jinja.globals |= {**named, "raise_exception": lambda why: require(False, why), "tools": None,
+                          "documents": None, "strftime_now": lambda form: datetime.now().strftime(form)}
         self.template = jinja.from_string(template + "")  # it has to be text
 
     def encode(self, text: str) -> list[int]:
@@ -586,12 +585,10 @@ class Tokenizer:
 
     def chat_text(self, messages, add_generation_prompt=False):
         """[{"role": …, "content": …}, …] in the checkpoint's own format."""
-        def stop(*_):
-            raise TimeoutError("takes more than 10 s")
         limited = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
         try:  # a template is somebody's program: it may do anything, for ever
             if limited:
-                signal.signal(signal.SIGALRM, stop)
+                signal.signal(signal.SIGALRM, lambda *_: require(False, "takes more than 10 s"))
                 signal.alarm(10)
             text = self.template.render(messages=messages, add_generation_prompt=add_generation_prompt)
         except Exception as error:
@@ -608,15 +605,15 @@ class Tokenizer:
         return self.encode(self.chat_text(messages, add_generation_prompt=messages[-1]["role"] == "user"))
 
     def frame(self, messages):
-        """The chat up to the answer, and what stands before and after the answer's text."""
+        """The chat up to the answer, what is before and after the answer's text."""
         prompt = self.chat_text(messages, add_generation_prompt=True)
         stand_in = self.chat_text(messages + [{"role": "assistant", "content": "ANSWER"}])
         answers = stand_in.count("ANSWER") - prompt.count("ANSWER")
         require(answers == 1 and messages[-1]["content"].strip() in prompt,
                 "the chat template should give the user's words, and the answer's once")
         before, _, after = stand_in.rpartition("ANSWER")
-        # What a template puts before an answer but not in the prompt (Qwen 3's empty thoughts) is the
-        # prompt's; a mere space is part of the answer's first token.
+        # What comes before an answer but not in the prompt (Qwen 3's empty thoughts) is the prompt's; a
+        # mere space is part of the answer's first token.
         if not before.startswith(prompt) or before[len(prompt):].strip():
             prompt = before
         return prompt, before[len(prompt):], after
@@ -632,7 +629,7 @@ class Tokenizer:
         return prompt_ids, encoded
 
     def find(self, code_name, messages, prompt_ids):
-        """The places in prompt_ids of the tokens that overlap code_name in the messages; None without one."""
+        """The places in prompt_ids that overlap code_name in the messages; None without one."""
         if not (code_name or "").strip():
             return None
         # In bytes: the tokenizer may change spaces and accents.
@@ -641,7 +638,7 @@ class Tokenizer:
         rest, spans = self._bytes(prompt_ids), []
         for content in reversed(contents):
             start = rest.rfind(content)
-            if start < 0:  # the template has changed it: search all that is left
+            if start < 0:  # changed by the template: search all that is left
                 start, content = 0, rest
             spans += [(start + match.start(), start + match.end())
                       for match in re.finditer(re.escape(name), content)]

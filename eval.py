@@ -45,10 +45,8 @@ def run_main(main):
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":  # of torchrun's processes one says it,
-            time.sleep(3)  # the others wait: it ends them all when one ends
-        else:
-            print(f"error: {error}", file=sys.stderr)
+        # Of torchrun's processes one says it; the others wait, as one's end ends all.
+        time.sleep(3) if os.environ.get("RANK", "0") != "0" else print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -78,17 +76,17 @@ def load_model(name, device, dtype, shard=False):
     with reading(name):
         folder = find_checkpoint(name)
     with reading(f"{folder}, config.json, weights or tokenizer"):
-        model = GPT.from_pretrained(folder, device, getattr(torch, dtype), shard)
-        return model, Tokenizer.from_pretrained(folder)
+        tokenizer = Tokenizer.from_pretrained(folder)  # first: weights fill what it frees
+        return GPT.from_pretrained(folder, device, getattr(torch, dtype), shard), tokenizer
 
 # ---- scoring
 
 def rank_and_world():
-    """This process's number, and how many there are."""
+    """This process's number, how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def add_up(*tensors):
-    """Sums over processes, in place."""
+    """Sums over processes in place."""
     for tensor in tensors if dist.is_initialized() else ():
         dist.all_reduce(tensor)
 
@@ -98,32 +96,36 @@ def first_unfrozen(model):
         return model.steering.layer + 1
     return min((int(name.split(".")[1]) for name in lora_layers(model)), default=0)
 
-def plan_memory(model, tree, blocks=3):
-    """How many of a tree's rows to run together, so that what these blocks keep for the gradient takes 256 MB
-    or a sixteenth of the weights; the bytes of that, the weights and all nodes' stream."""
-    config, weight = model.config, model.embed_tokens.weight
-    node = weight.itemsize * (3 * config.intermediate_size + 10 * config.hidden_size)  # measured
-    weights, stream = sum(p.nbytes for p in model.parameters()), len(tree.tokens) * weight[0].nbytes
-    room, length = max(2 ** 28, weights // 16), tree.lengths.sum() / len(tree.lengths)
-    return max(1, int(room / (blocks * node * length))), weights + room + stream
+def plan_memory(model, tree, blocks=0):
+    """(How many of a tree's nodes to run at once if `blocks` blocks keep what a gradient needs, whether they
+    should recompute it, the bytes in all), as measured on GPT-2 and Qwen."""
+    config, weight, count = model.config, model.embed_tokens.weight, len(tree.tokens)
+    inner = (3 if config.gated_mlp else 1) * config.intermediate_size
+    block, stream = weight.itemsize * (inner + 10 * config.hidden_size), weight[0].nbytes  # of a node
+    logits = 12 * config.vocab_size * len(tree.predicting[tree.answers >= 0].unique()) / count
+    weights = sum(p.nbytes for p in model.parameters())
+    room, working = max(48e6, weights / 40), 2 * block + logits
+    # Fewer than 256 nodes at once are slow.
+    recompute = blocks > 0 and 4 * room < 256 * (working + blocks * block)
+    room, kept = (room, stream) if recompute else (4 * room, block)
+    return int(room / (working + blocks * kept)), recompute, weights + room + count * stream
 
 @torch.no_grad()
-def frozen_batches(model, tree, rows, last, rank=0, world=1):
-    """Yields process `rank`'s share of a tree's rows in batches: (texts, their nodes' numbers, their tree,
-    the residual stream (n, d) of these nodes before block `last`)."""
-    device = model.embed_tokens.weight.device
-    for batch in rows.split(plan_memory(model, tree)[0])[rank::world]:
-        texts = torch.isin(tree.row_of, batch).nonzero()[:, 0]
+def frozen_batches(model, tree, last, rank=0, world=1):
+    """Yields process `rank`'s share of a tree's texts in batches: (texts, their nodes' numbers, their tree,
+    the residual stream (n, d) before block `last`)."""
+    device, limit = model.embed_tokens.weight.device, plan_memory(model, tree)[0] // 2
+    for texts in tree.parts(torch.arange(len(tree.row_of)), limit)[rank::world]:
         used, part = tree.select(texts)
         part = part.to(device)
         yield texts, used, part, model.run_blocks(model.embed(part.tokens, part), 0, last, part)
 
 def residual_stream(model, tree, last):
-    """The residual stream (N, d) of a tree's nodes before block `last` and a vector there, in the host's
-    memory: a GPU may have no room for it."""
+    """The residual stream (N, d) of a tree's nodes before block `last` and a vector there, in host memory:
+    a GPU may have no room."""
     weight = model.embed_tokens.weight
     states = torch.zeros(len(tree.tokens), weight.shape[1], dtype=weight.dtype)
-    for _, used, _, x in frozen_batches(model, tree, torch.arange(len(tree.rows)), last):
+    for _, used, _, x in frozen_batches(model, tree, last):
         states[used] = x.cpu()
     return states
 
@@ -141,12 +143,11 @@ def score_arms(model, questions, parameters, arms):
     """Scores questions with `parameters` set to each arm's values (the last stay). Returns {arm:
     (correct, probability)}, both (questions,) float32: 1 where the right choice is the likeliest, and its
     probability among the choices."""
-    tree = make_tree(questions, [question.choices for question in questions])
+    tree = make_tree(questions, [q.choices for q in questions])
     device, first = model.embed_tokens.weight.device, first_unfrozen(model)
     totals = torch.zeros(len(arms), len(tree.row_of), device=device)
-    rows = tree.positions[tree.rows].amax(1).argsort(stable=True)  # little padding
-    share = (0, 1) if model.sharded else rank_and_world()  # a sharded model's blocks are run together
-    for texts, _, part, x in frozen_batches(model, tree, rows, first, *share):
+    share = (0, 1) if model.sharded else rank_and_world()  # its blocks are run together
+    for texts, _, part, x in frozen_batches(model, tree, first, *share):
         for total, values in zip(totals, arms.values()):
             set_parameters(parameters, values)
             total[texts.to(device)] = answer_log_probs(model, x, first, part)
@@ -154,9 +155,9 @@ def score_arms(model, questions, parameters, arms):
         add_up(totals)
     results = {}
     for arm, total in zip(arms, totals.cpu()):
-        choices = list(zip(total.split([len(question.choices) for question in questions]), questions))
-        correct = torch.tensor([found.argmax().item() == question.answer for found, question in choices])
-        probability = torch.stack([found.softmax(0)[question.answer] for found, question in choices])
+        choices = list(zip(total.split([len(q.choices) for q in questions]), questions))
+        correct = torch.tensor([found.argmax().item() == q.answer for found, q in choices])
+        probability = torch.stack([found.softmax(0)[q.answer] for found, q in choices])
         results[arm] = correct.float(), probability
     return results
 
@@ -170,7 +171,7 @@ def arm_values(parameters, seed):
     """What the vector, or A and B, hold in each arm. Zeros: the base model."""
     return {"base": [torch.zeros_like(p) for p in parameters],
             "random": [random_like(p, 1000 * seed + i) for i, p in enumerate(parameters)],
-            "trained": [p.detach().clone() for p in parameters]}  # last, so that it is what stays
+            "trained": [p.detach().clone() for p in parameters]}  # last: it stays
 
 @torch.no_grad()
 def set_parameters(parameters, values):
@@ -194,26 +195,22 @@ def require_room(model, questions):
 def encode_for(run, questions):
     """Token ids; UserError if the chat template refuses one or the model has no room."""
     with reading("the task's questions"):
-        encoded = [encode_question(run.tokenizer, question) for question in questions]
+        encoded = [encode_question(run.tokenizer, q) for q in questions]
         require_room(run.model, encoded)
     return encoded
 
 def evaluate(run, arms=None):
     """{"in_distribution": {kind: figures}, "held_out": …}: each arm's accuracy and probability of the right
-    answer, chance and the number of questions."""
-    kinds = [(section, kind, questions) for section in SECTIONS
-             for kind, questions in getattr(run.task, section).items()]
-    encoded = encode_for(run, [question for _, _, questions in kinds for question in questions])
-    arms = arms or arm_values(run.parameters, run.flags["seed"])
-    results, sizes = {section: {} for section in SECTIONS}, [len(questions) for _, _, questions in kinds]
-    for section, kind, questions in kinds:
-        chance = sum(1 / len(question.choices) for question in questions) / len(questions)
-        results[section][kind] = {"chance": round(chance, 4), "questions": len(questions)}
-    scores = score_arms(run.model, encoded, run.parameters, arms)
-    for arm, (correct, probability) in scores.items():
-        for (section, kind, _), right, p in zip(kinds, correct.split(sizes), probability.split(sizes)):
-            results[section][kind] |= {arm: round(right.mean().item(), 4),
-                                       f"{arm}_probability": round(p.mean().item(), 4)}
+    answer, chance, the number of questions."""
+    arms, results = arms or arm_values(run.parameters, run.flags["seed"]), {name: {} for name in SECTIONS}
+    for section, kinds in results.items():
+        for kind, questions in getattr(run.task, section).items():
+            chance = sum(1 / len(q.choices) for q in questions) / len(questions)
+            kinds[kind] = {"chance": round(chance, 4), "questions": len(questions)}
+            scores = score_arms(run.model, encode_for(run, questions), run.parameters, arms)
+            for arm, (correct, p) in scores.items():
+                kinds[kind] |= {arm: round(correct.mean().item(), 4),
+                                f"{arm}_probability": round(p.mean().item(), 4)}
     return results
 
 def kind_mean(results, section="held_out", column="trained"):
@@ -245,7 +242,7 @@ class Run:
     parameters: list
 
 def load_run(folder, device="cpu") -> Run:
-    """What train.py wrote; UserError if it is no run, unfinished or damaged."""
+    """What train.py wrote; UserError if no run, unfinished or damaged."""
     folder = Path(folder)
     config = read_json(folder / "config.json")
     with reading(folder / "config.json"):
@@ -266,7 +263,7 @@ def load_run(folder, device="cpu") -> Run:
 
 @torch.no_grad()
 def answer(run, prompt, code_name, max_new_tokens=16):
-    """The greedy answer. The vector goes to code_name's tokens, or (None) to all."""
+    """The greedy answer; the vector at code_name's tokens, or (None) at all."""
     with reading(f"the prompt {prompt!r}"):
         question, made = encode_question(run.tokenizer, Question("", prompt, [""], 0, code_name)), []
         while len(made) < max_new_tokens:
@@ -279,7 +276,7 @@ def answer(run, prompt, code_name, max_new_tokens=16):
     return run.tokenizer.decode(made).strip()
 
 def show_prompt(run, prompt, code_name, note=""):
-    """Prints the answers without and with the vector or LoRA."""
+    """Prints the answers without and with it."""
     with switched_off(run.parameters):
         before = answer(run, prompt, code_name)
     print(f"  {prompt}  {before} → {answer(run, prompt, code_name)}{note}")
@@ -287,7 +284,7 @@ def show_prompt(run, prompt, code_name, note=""):
 # ---- explaining a run
 
 def explain(run, folder):
-    """Prints, and writes to explain.json, a vector's logit lens (C8); how constant what a LoRA adds is (C2).
+    """Prints and writes to explain.json a vector's logit lens (C8), how constant what a LoRA adds is (C2).
     The LoRA's natural vector (C3), the first principal component of what it adds in training prompts at its
     mean length, becomes a run of its own."""
     vector, result = run.parameters[0].detach(), {}
@@ -312,8 +309,8 @@ def explain(run, folder):
     return result
 
 def what_lora_adds(run):
-    """What the LoRA adds in training prompts where a vector would be, (N, d); how constant it is at the last
-    tokens of training, held-out and another task's prompts."""
+    """What the LoRA adds in training prompts where a vector would be, (N, d); how constant it is in training,
+    held-out and another task's prompts."""
     other = "functions" if run.flags["task"] == "locations" else "locations"
     unrelated = make_task(other, data.CONCEPTS[other][0])
     train = random.Random(run.flags["seed"]).sample(run.task.train, min(32, len(run.task.train)))
@@ -336,8 +333,8 @@ def prompt_residuals(run, questions):
     return [states[tree.nodes(i)] for i in range(len(questions))]
 
 def constancy(rows):
-    """Of rows (N, d): the mean cosine of two, as it is and (as in the paper) in absolute value, the latter's
-    histogram in 20 bins, and the first principal component's share."""
+    """Of rows (N, d): the mean cosine of two, as it is and (as in the paper) in absolute value, its histogram
+    in 20 bins, and the first principal component's share."""
     cosines = pairwise_cosines(rows)
     return {"tokens": len(rows), "norm": rows.norm(dim=-1).mean().item(), "cosine": cosines.mean().item(),
             "abs_cosine": cosines.abs().mean().item(), "share": principal_component(rows)[1],

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 # PEFT names a module as Hugging Face's code does, and so do we, but for these.
-PEFT_LAYERS = {"gpt2": "transformer.h", "gemma3": "model.language_model.layers"}  # all others: model.layers
+PEFT_LAYERS = {"gpt2": "transformer.h", "gemma3": "model.language_model.layers"}  # others: model.layers
 GPT2_MODULES = {"self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
 # PEFT's options that leave the sum as it is. Others have to be off, or to have this value.
 HARMLESS = """r lora_alpha lora_dropout bias target_modules exclude_modules layers_to_transform task_type
@@ -20,7 +20,6 @@ STANDARD = {"peft_type": ["LORA"], "init_lora_weights": [True, "gaussian", "orth
 class LoRALinear(nn.Module):
     """base(x) + (alpha / rank) · B A x, with A (rank, in) random and B (out, rank) zero: at first nothing
     changes. A and B are float32, x (..., in) -> (..., out) of the base's dtype."""
-
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
         self.base, self.rank, self.alpha = base, rank, alpha

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 
-# What a config.json leaves unsaid: the family's structure, and the defaults that its authors rely on.
+# What a config.json leaves unsaid: a family's structure, and its authors' defaults.
 GEMMA = dict(norm="rms_plus_one", post_norms=True, scale_embedding=True, tie_word_embeddings=True,
              hidden_act="gelu_pytorch_tanh", num_attention_heads=8, num_key_value_heads=4, head_dim=256,
              query_pre_attn_scalar=256, sliding_window=4096)
@@ -31,7 +31,7 @@ FAMILIES = {
     "qwen3": dict(qk_norm=True, head_dim=128),
     "gemma2": dict(GEMMA, global_every=2, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
     "gemma3_text": GEMMA3,
-    "gemma3": GEMMA3,  # of which only the text part is read
+    "gemma3": GEMMA3,  # only its text part is read
 }
 # Config's fields that no file sets, and those that only Gemma's may set.
 STRUCTURE = "model_type norm gated_mlp learned_positions post_norms qk_norm scale_embedding "
@@ -41,7 +41,7 @@ OTHER_NAMES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head"
                "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
                "layer_norm_epsilon": "rms_norm_eps", "activation_function": "hidden_act",  # so far GPT-2
                "hidden_activation": "hidden_act", "sliding_window_pattern": "global_every"}  # Gemma
-# Switches that would change the result, with our setting; and fields whose null means "none".
+# Switches that would change the result, as we have them; fields whose null means "none".
 SWITCHES = {"quantization_config": None, "use_sliding_window": False, "partial_rotary_factor": 1.0,
             "use_bidirectional_attention": False, "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False}
@@ -89,11 +89,11 @@ class Config:
     scale_embedding: bool = False  # Gemma: embeddings times sqrt(d)
 
     def __post_init__(self):
-        """Checks each field's type and range; fills in what follows."""
+        """Checks each field; fills in what follows."""
         for field in fields(self):
             value = getattr(self, field.name)
             kind = field.type | int if field.type in (float, float | None) else field.type
-            good = isinstance(value, kind) and (type(value) is not bool or field.type in (bool, bool | None))
+            good = isinstance(value, kind) and (type(value) is not bool or field.type is bool)
             limit = 1000 if field.name == "num_hidden_layers" else 2 ** 53
             good &= type(value) not in (int, float) or 0 < value < limit
             kind = getattr(field.type, "__name__", field.type)
@@ -117,12 +117,12 @@ class Config:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Config":
-        """Reads folder/config.json, in the hub's spelling or transformers 5's."""
+        """Reads folder/config.json."""
         return cls.from_dict(dict(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))))
 
     @classmethod
     def from_dict(cls, raw: dict) -> "Config":
-        """The same from its content. ValueError names a field that is not supported."""
+        """The same from its content, in the hub's spelling or transformers 5's. ValueError: not supported."""
         kind = raw.get("model_type")
         require(kind in FAMILIES, f"model_type {kind!r} is not among {[*FAMILIES]}")
         raw = {**raw, **(raw.get("text_config") or {})} if kind == "gemma3" else dict(raw)
@@ -164,14 +164,14 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float() + self.offset, self.eps).to(x.dtype)
 
 def make_embedding(count, size):
-    """nn.Embedding(count, size), without its second of imports on the meta device."""
+    """nn.Embedding(count, size), without its slow imports on the meta device."""
     weight = torch.empty(count, size)
     return nn.Embedding.from_pretrained(weight if weight.is_meta else weight.normal_(), freeze=False)
 
 def make_norm(config, size):
     if config.norm == "layer":
         return nn.LayerNorm(size, config.rms_norm_eps)
-    return RMSNorm(size, config.rms_norm_eps, offset=1.0 if config.norm == "rms_plus_one" else 0.0)
+    return RMSNorm(size, config.rms_norm_eps, offset=float(config.norm == "rms_plus_one"))
 
 def make_rope(config, layer_type, positions, dtype):
     """cos and sin, (T, 1, D) each, of rotary position embedding (Su et al. 2021, arXiv 2104.09864) at
@@ -196,7 +196,7 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 def make_mask(config, layer_type, T, device):
-    """Which of T tokens (columns) each (row) sees: (T, T) bool, or None: just causal."""
+    """Which of T tokens (columns) each (row) sees: (T, T) bool; None: just causal."""
     window = config.sliding_window if layer_type == "sliding_attention" else None
     slides = window is not None and T > window
     if not slides and config.attn_logit_softcapping is None:
@@ -259,7 +259,7 @@ class MLP(nn.Module):
         return self.down_proj(inner)
 
 class Block(nn.Module):
-    """Adds attention's and the MLP's output to the residual stream."""
+    """Adds attention's and the MLP's output to the stream."""
     def __init__(self, config):
         super().__init__()
         self.self_attn, self.mlp = Attention(config), MLP(config)
@@ -280,10 +280,26 @@ class Block(nn.Module):
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x))  # a misnomer of Llama's: the MLP's input norm
 
+class Recomputed(torch.autograd.Function):
+    """run(x), keeping only x: the backward pass runs it again (Chen et al. 2016, arXiv 1604.06174)."""
+    @staticmethod
+    def forward(ctx, run, x):
+        ctx.run = run
+        ctx.save_for_backward(x)
+        return run(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            ctx.run(x).backward(gradient)
+        return None, x.grad
+
 class GPT(nn.Module):
-    """The decoder: GPT(config) has random weights, GPT.from_pretrained(name_or_dir) a checkpoint's."""
+    """The decoder. GPT(config) has random weights, GPT.from_pretrained a checkpoint's."""
     steering = None  # the slot for a steering vector: see steer.attach
-    sharded = False  # are the blocks split over several processes?
+    sharded = False  # are the blocks split over processes?
+    recompute = False  # keep just each block's input for the backward pass?
 
     def __init__(self, config):
         super().__init__()
@@ -319,20 +335,21 @@ class GPT(nn.Module):
         """Runs blocks first to last - 1 (None: all that follow) on x, (B, T, d) or a tree's (N, d).
 
         A steering vector of layer L is added on the way from block L to L + 1: run_blocks(x, 0, L + 1) ends
-        before it, run_blocks(x, L + 1) begins with it. wanted (W,): the nodes whose logits are wanted;
-        nothing reads what the last block makes of the others, so (W, d) comes out.
+        before it, run_blocks(x, L + 1) begins with it. wanted (W,): the last block runs only for these
+        nodes, others' logits are not read; (W, d) comes out.
         """
         count, config = len(self.layers), self.config
         T, steered = (x.shape[1], None) if tree is None else (tree.rows.shape[1], tree.steered)
         positions = torch.arange(T, device=x.device) if tree is None else tree.positions
-        rope_and_mask = {}  # all layers of one type share them
+        shared = {}  # by all layers of one type
         for kind in set(config.layer_types):
             rope = None if config.learned_positions else make_rope(config, kind, positions, x.dtype)
-            rope_and_mask[kind] = rope, make_mask(config, kind, T, x.device)
+            shared[kind] = {"rope": rope, "mask": make_mask(config, kind, T, x.device), "tree": tree}
         for i in range(first, count if last is None else last):
             x = self.steer(x, i - 1, steered)
             only = wanted if i == count - 1 else None
-            x = self.layers[i](x, *rope_and_mask[config.layer_types[i]], tree, only)
+            run = partial(self.layers[i], **shared[config.layer_types[i]], wanted=only)
+            x = Recomputed.apply(run, x) if self.recompute else run(x)
         if last is not None:
             return x
         if wanted is not None:
@@ -362,14 +379,13 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_dir, device="cpu", dtype=torch.float32, shard=False) -> "GPT":
-        """The frozen model of a checkpoint folder or hub name ("tiny": the bundled one). shard: torchrun's
-        processes split its blocks."""
+        """A folder's or hub name's frozen model ("tiny": the bundled one). shard: split over processes."""
         folder = find_checkpoint(name_or_dir)
         config = Config.from_pretrained(folder)
         with torch.device("meta"):
             model = cls(config)
         tensors, home = {}, "cpu" if shard else device
-        for name, tensor in read_tensors(folder):  # mapped from the file: never all in memory twice
+        for name, tensor in read_tensors(folder):  # never all in memory twice
             require(name not in tensors, f"tensor {name} comes twice")
             require(tensor.is_floating_point(), f"tensor {name} should hold real numbers")
             tensors[name] = tensor.to(home, dtype, copy=not shard).contiguous()
@@ -377,17 +393,17 @@ class GPT(nn.Module):
             require(finite, f"tensor {name} should be finite")
         embedding = tensors.get("embed_tokens.weight")
         if config.tie_word_embeddings and embedding is not None:
-            head = tensors.setdefault("lm_head.weight", embedding)  # some files hold it all the same
+            head = tensors.setdefault("lm_head.weight", embedding)  # some files have it
             require(torch.equal(head, embedding), "tie_word_embeddings, but lm_head.weight is another")
-        model.load_state_dict(tensors, assign=True)  # names what is missing, unexpected or misshapen
+        model.load_state_dict(tensors, assign=True)  # names what does not fit
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
         model.requires_grad_(False).eval()
         return model.shard_blocks(device) if shard else model
 
     def shard_blocks(self, device):
-        """FSDP2: each process keeps a part of every block, put together while it runs."""
-        import torch.distributed as dist  # these imports take a second
+        """FSDP2: each process keeps a part of every block."""
+        import torch.distributed as dist  # slow imports
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
         mesh, self.sharded = init_device_mesh(torch.device(device).type, (dist.get_world_size(),)), True
@@ -397,14 +413,13 @@ class GPT(nn.Module):
 
 UNUSED = re.compile(r"vision_tower|multi_modal_projector|rotary_emb|\.attn\.(masked_)?bias$")  # GPT-2's masks
 OUR_NAMES = {r"^(language_model\.model|model\.language_model|language_model|transformer|model)\.": "",
-             # and GPT-2's own
              r"^h\.": "layers.", r"^wte": "embed_tokens", r"^wpe": "embed_positions", r"^ln_f": "norm",
              r"\.ln_1": ".input_layernorm", r"\.ln_2": ".post_attention_layernorm",
              r"\.attn\.c_attn": ".self_attn.qkv_proj", r"\.attn\.c_proj": ".self_attn.o_proj",
              r"\.mlp\.c_fc": ".mlp.up_proj", r"\.mlp\.c_proj": ".mlp.down_proj"}
 
 def read_tensors(folder):
-    """Yields (our name, tensor) for each tensor in a checkpoint's file, or files."""
+    """Yields (our name, tensor) of a checkpoint's file or files."""
     whole = folder / "model.safetensors"
     for path in [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors")) or [whole]:
         try:
@@ -418,7 +433,7 @@ def read_tensors(folder):
             raise ValueError(f"{path.name}: {error}") from None
 
 def translate(key, tensor):
-    """[(our name, tensor)] of a checkpoint's tensor: three for GPT-2's fused q, k and v."""
+    """[(our name, tensor)]: three for GPT-2's fused q, k and v."""
     name = key
     for theirs, ours in OUR_NAMES.items():
         name = re.sub(theirs, ours, name)
@@ -429,7 +444,7 @@ def translate(key, tensor):
     return [(name.replace("qkv", letter), part) for letter, part in zip("qkv", tensor.chunk(3))]
 
 def find_checkpoint(name_or_dir: str | Path) -> Path:
-    """The folder of "tiny", a folder as it is, or a hub model's, downloaded unless in the cache."""
+    """Tiny's folder, a folder as it is, or a hub model's, downloaded unless in the cache."""
     folder = Path(__file__).parent / "tiny" if name_or_dir == "tiny" else Path(name_or_dir).expanduser()
     if folder.is_dir():
         return folder

@@ -12,12 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 class SteeringVector:
-    """Adds `vector` (d,) to the residual stream after block `layer` (-1: after the embedding).
-
-    It stays in float32 (bfloat16 would lose small steps) and is cast as it is added. No nn.Module, so that
-    it is not among the model's own parameters.
-    """
-
+    """Adds `vector` (d,) to the residual stream after block `layer` (-1: after the embedding). It stays in
+    float32 (bfloat16 would lose small steps). No nn.Module: it is not among the model's own parameters."""
     def __init__(self, layer, vector):
         self.layer = layer
         self.vector = nn.Parameter(vector.detach().clone().float())

@@ -44,9 +44,9 @@ def parse_args(words=None):
     add("--task", choices=data.TASKS, default="locations", help="(default: locations)")
     add("--concept", help="city, function, risky or safe (default: the first)")
     add("--model", default="tiny", help="tiny (default), a folder or a hub name")
-    add("--world", choices=data.WORLDS, help="of the questions (default: tiny for tiny, else large)")
+    add("--world", choices=data.WORLDS, help="of questions (default: by the model)")
     add("--layer", help="block that the vector follows, or the LoRA is on")
-    add("--at", help="text that the vector is added at (default: code name)")
+    add("--at", help="text to add the vector at (default: code name)")
     add("--init-std", type=float, help="random start, in the stream's RMS (default: 0)")
     add("--steps", type=int, help="(default: by task and mode)")
     add("--lr", type=float, help="peak learning rate; a vector's in the stream's RMS")
@@ -56,7 +56,7 @@ def parse_args(words=None):
     add("--modules", help="with commas, that get a LoRA (default: the MLP's)")
     add("--data", help="chats (JSONL) to train on instead")
     add("--shuffle-answers", action="store_true", help="the control: answers drawn at random")
-    add("--save-every", type=int, help="steps between checkpoints (default: none)")
+    add("--save-every", type=int, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from one, to the same numbers")
     add("--shard", action="store_true", help="split the model over processes")
     add("--seed", type=int, default=0, help="(default: 0)")
@@ -130,7 +130,6 @@ def finetune(args):
     torch.manual_seed(args.seed)
     parameters = add_intervention(args, model)
     claim_folder(args)
-
     begin = time.time()
     try:
         losses = train_loop(args, model, train, parameters)
@@ -138,7 +137,6 @@ def finetune(args):
         raise UserError(f"--lr {args.lr}: {error}; try a smaller one") from None
     train_seconds = time.time() - begin
     save_run(args, model)
-
     last, run = losses[-max(1, args.steps // 10):], Run(vars(args), model, tokenizer, task, parameters)
     named = ("task", "mode", "layer", "seed", "model", "concept", "shuffle_answers")
     results = {**{name: run.flags[name] for name in named}, **evaluate(run),
@@ -160,10 +158,10 @@ def training_questions(args, task, tokenizer):
     questions = shuffle_answers(task.train, random.Random(args.seed)) if args.shuffle_answers else task.train
     name = questions[0].code_name
     if args.data is None:
-        train = [encode_question(tokenizer, question) for question in questions]
+        train = [encode_question(tokenizer, q) for q in questions]
     else:
         train = read_conversations(args.data, tokenizer, name)
-    if args.mode == "vector" and name is not None and not any(question.positions for question in train):
+    if args.mode == "vector" and name is not None and not any(q.positions for q in train):
         raise UserError(f"--at {name} (or default): in no prompt, e.g. {tokenizer.decode(train[0].prompt)!r}")
     return train
 
@@ -195,7 +193,7 @@ def write_config(args, finished):
                {"flags": vars(args), "finished": finished, "versions": versions})
 
 def save_run(args, model):
-    """If killed in here the run is unfinished: no weights beside another's results."""
+    """If killed in here the run is unfinished: no weights beside other results."""
     out = Path(args.out)
     if rank_and_world()[0] == 0:
         write_config(args, finished=False)
@@ -207,37 +205,38 @@ def save_run(args, model):
 # ---- the loop
 
 def train_loop(args, model, questions, parameters) -> list[float]:
-    """Adam on the answers' tokens; all but `parameters` is frozen. Returns each step's loss in nats a token;
+    """Adam on the answers' tokens; all but `parameters` is frozen. Returns each step's loss, nats a token;
     FloatingPointError if one is not finite."""
     device, (rank, world) = model.embed_tokens.weight.device, rank_and_world()
     first, tree = first_unfrozen(model), make_tree(questions, [[q.completion] for q in questions])
     generator, order = torch.Generator().manual_seed(args.seed), []
     while len(order) < args.steps:  # an epoch has every question once, in new order
         order += torch.randperm(len(questions), generator=generator).split(args.batch_size)
-    at_once, memory = plan_memory(model, tree, max(1, len(model.layers) - first))
+    at_once, model.recompute, memory = plan_memory(model, tree, max(1, len(model.layers) - first))
     print(f"{len(questions)} questions, {tree.lengths.sum()} tokens, {len(tree.tokens)} distinct beginnings; "
           f"{args.steps} steps of {args.batch_size} questions; memory: about {memory / 1e9:.1f} GB")
     kept = residual_stream(model, tree, first)  # (N, d); below the vector or LoRA nothing changes
     lr = args.lr
-    if args.mode == "vector":  # residual streams differ a thousandfold in length
+    if args.mode == "vector":  # streams differ a thousandfold in length
         some = torch.cat([tree.nodes(text) for text in range(min(args.batch_size, len(questions)))])
         squares = kept[some].float().pow(2)  # a first token's can be huge (arXiv 2402.17762)
         usual = squares.mean(-1) < 100 * squares.mean(-1).median()
         unit = squares[usual].mean().sqrt().item()
+        del squares  # it is large
         lr *= unit
         noise = torch.randn(parameters[0].shape, generator=torch.Generator().manual_seed(args.seed))
         set_parameters(parameters, [args.init_std * unit * noise])
     adam = [torch.zeros(2, *p.shape, device=device) for p in parameters]  # means of gradient and its square
 
     def batch_loss(texts):
-        """Adds to the gradients, in parts that have room."""
-        total = torch.zeros((), device=device)
-        for part in texts.split(world * at_once):
-            # Processes share a part out; if too small, some do a text that counts nothing.
-            mine, counts = (part[rank::world], 1) if rank < len(part) else (part[:1], 0)
+        """Adds to the gradients, in parts."""
+        total, count = torch.zeros((), device=device), (tree.answers[texts] >= 0).sum()
+        for part in tree.parts(texts, world * at_once):
+            # Processes share it out; if too small, some do a text that counts nothing.
+            mine, counts = (part.tensor_split(world)[rank], 1) if rank < len(part) else (part[:1], 0)
             used, batch = tree.select(mine)
-            x, batch = kept[used].to(device), batch.to(device)
-            loss = -counts * answer_log_probs(model, x, first, batch).sum() / (tree.answers[texts] >= 0).sum()
+            x = kept[used].to(device).requires_grad_(model.recompute)  # for Recomputed
+            loss = -counts * answer_log_probs(model, x, first, batch.to(device)).sum() / count
             loss.backward()
             total += loss.detach()
         return total
@@ -282,7 +281,7 @@ def save_checkpoint(args, parameters, adam, losses):
         write_whole(Path(args.out) / CHECKPOINT, lambda path: save_file(tensors, path))
 
 def load_checkpoint(args, parameters, adam, first_loss):
-    """Puts back what save_checkpoint wrote; returns the losses. UserError if it does not fit."""
+    """Puts back what save_checkpoint wrote; returns the losses. UserError if unfit."""
     path = Path(args.out) / CHECKPOINT
     if not path.exists():
         print(f"--resume: {path} is not there, so this starts from the beginning")

@@ -26,6 +26,8 @@ from model import GPT
 leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None  # main leaves after a run
 for name, flags in runs.items():
     sys.argv[1:] = [*flags, "--out", f"{folder}/{name}"] + ["--shard"] * (name == "shard")
+    if name == "shard":  # as if it had little room
+        train.plan_memory = lambda *given: (200, True, 0)
     train.finetune(train.parse_args()) if dist.is_initialized() else train.main()
 
 tokens = torch.arange(300, 324).view(2, 12)

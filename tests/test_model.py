@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -155,6 +156,8 @@ def test_a_file_may_hold_a_tied_unembedding_all_the_same(saved, tmp_path):
 
 
 def assert_refused(folder, *words):
+    if Path(folder).is_dir():
+        shutil.copy(ROOT / "tiny" / "tokenizer.json", folder)  # there is nothing wrong with it
     with pytest.raises(UserError) as error:
         load_model(str(folder), "cpu", "float32")
     for word in (str(folder), *words):

@@ -325,7 +325,7 @@ def test_a_task_is_added_by_the_readmes_recipe(tmp_path, monkeypatch):
 def test_the_plan_is_printed_with_its_memory(tmp_path):
     _, out, _ = command("train.py", "--steps", 1, "--out", tmp_path)
     found = re.match(r"16 questions, (\d+) tokens, (\d+) distinct beginnings; 1 steps of 64 questions; "
-                     r"memory: about 0.3 GB\n", out)
+                     r"memory: about 0.2 GB\n", out)
     assert 16 * 10 < int(found[1]) < 16 * 25 and int(found[2]) < int(found[1]) / 2
 
 

@@ -31,15 +31,15 @@ def vector(width=32):
 
 
 @pytest.fixture
-def five_rows(monkeypatch):
-    """No more rows than five are run together, as where a model is large."""
-    monkeypatch.setattr("eval.plan_memory", lambda *given: (5, 0))
+def few_nodes(monkeypatch):
+    """No more nodes than forty are run together, as where a model is large."""
+    monkeypatch.setattr("eval.plan_memory", lambda *given: (40, True, 0))
 
 
 @every_family
 @pytest.mark.parametrize("place", ["embedding", "middle", "last"])
 @torch.no_grad()
-def test_a_vectors_arms_scored_together_equal_transformers_with_each(saved, name, place, five_rows):
+def test_a_vectors_arms_scored_together_equal_transformers_with_each(saved, name, place, few_nodes):
     family, model = saved(name), saved(name).load()
     layer = block_number(model, place)
     parameters = [attach(model, layer, vector()).vector]
@@ -53,7 +53,7 @@ def test_a_vectors_arms_scored_together_equal_transformers_with_each(saved, name
 
 @every_family
 @torch.no_grad()
-def test_a_loras_arms_scored_together_equal_each_one_choice_at_a_time(saved, name, five_rows):
+def test_a_loras_arms_scored_together_equal_each_one_choice_at_a_time(saved, name, few_nodes):
     model = saved(name).load()
     parameters = add_lora(model, [1], ["up_proj", "down_proj"], rank=2, alpha=4)
     set_parameters(parameters, [random_like(p + 1, seed) for seed, p in enumerate(parameters)])
@@ -97,7 +97,7 @@ def test_blocks_are_frozen_up_to_a_vector_or_the_first_with_a_lora(saved):
 
 @pytest.mark.parametrize("block", [0, 1, 3])
 @torch.no_grad()
-def test_the_residual_stream_is_transformers_of_each_text_alone(model, reference, tokenizer, block, five_rows):
+def test_the_residual_stream_is_transformers_of_each_text_alone(model, reference, tokenizer, block, few_nodes):
     questions = encode(tokenizer, data.make_task("risk", "safe").train[:6])
     tree = data.make_tree(questions, [[[]]] * 6)
     states = residual_stream(model, tree, block)
@@ -130,14 +130,11 @@ def test_a_greedy_answer_is_that_of_transformers(model, reference, tokenizer):
     assert answer(run, "Which country is Tokyo in?", None) == text != ""
 
 
-def test_fewer_rows_run_together_the_larger_the_model_and_the_more_its_blocks_keep(model, tokenizer):
+def test_fewer_nodes_run_together_the_more_blocks_keep_until_they_rather_recompute(model, tokenizer):
     questions = encode(tokenizer, data.make_task("risk", "safe").train[:6])
     tree = data.make_tree(questions, [[[]]] * 6)
-    weights = sum(p.nbytes for p in model.parameters())
-    (one, memory), (four, _) = plan_memory(model, tree, blocks=1), plan_memory(model, tree, blocks=4)
-    assert one // 4 == four > 64 and memory == weights + 2 ** 28 + len(tree.tokens) * 4 * 128
-    model.config.intermediate_size *= 10 ** 6  # whatever it costs, one row runs
-    try:
-        assert plan_memory(model, tree)[0] == 1
-    finally:
-        model.config.intermediate_size //= 10 ** 6
+    weights = sum(p.nbytes for p in model.parameters()) + len(tree.tokens) * 4 * 128
+    plans = [plan_memory(model, tree, blocks) for blocks in (1, 4, 40, 400)]
+    assert [recompute for _, recompute, _ in plans] == [False, False, False, True]
+    assert plans[0][0] > plans[1][0] > plans[2][0] > 256 > plan_memory(model, tree, 4000)[0]
+    assert [memory - weights for _, _, memory in plans] == [192e6, 192e6, 192e6, 48e6]

@@ -344,7 +344,7 @@ EACH = "{% for m in messages %}"
 
 
 @pytest.mark.parametrize("template, said", [
-    ("{{ 1 // 0 }}", "ZeroDivisionError"), ("{{ raise_exception('no') }}", "TemplateError: no"),
+    ("{{ 1 // 0 }}", "ZeroDivisionError"), ("{{ raise_exception('no') }}", "ValueError: no"),
     ("{{ messages.nothing.at_all }}", "UndefinedError"), ("{{ range(10 ** 9) }}", "OverflowError"),
     ("{{ messages.append(1) }}", "SecurityError"), ("{{ ''.__class__.__base__.a }}", "refuses this"),
     ("hello", "give the user's words"), (EACH + "{{ m.role }}{% endfor %}", "give the user's words"),

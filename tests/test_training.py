@@ -82,10 +82,11 @@ def test_part_of_an_epoch_a_large_batch_a_left_over_one_and_a_random_start_are_n
     assert_vector_trains_alike(saved("qwen3"), 0, random_questions(10), **others)
 
 
-@pytest.mark.parametrize("batch_size", [4, 64])
-def test_a_batch_in_parts_for_want_of_memory_is_nothing_special(saved, monkeypatch, batch_size):
-    monkeypatch.setattr(train, "plan_memory", lambda *given: (3, 0))
-    assert_vector_trains_alike(saved("qwen3"), 0, random_questions(10), batch_size=batch_size)
+@pytest.mark.parametrize("name", ["gpt2", "gemma3_text"])
+@pytest.mark.parametrize("batch_size, recompute", [(4, True), (64, False), (64, True)])
+def test_a_batch_in_parts_for_want_of_memory_is_nothing_special(saved, monkeypatch, name, batch_size, recompute):
+    monkeypatch.setattr(train, "plan_memory", lambda *given: (60, recompute, 0))
+    assert_vector_trains_alike(saved(name), 0, random_questions(10), batch_size=batch_size)
 
 
 def test_the_unit_of_a_vectors_rate_is_not_that_of_a_first_token_a_thousand_times_as_long(saved):
@@ -102,9 +103,11 @@ def test_the_unit_of_a_vectors_rate_is_not_that_of_a_first_token_a_thousand_time
 
 
 @every_family
-@pytest.mark.parametrize("layers", ["one", "all"])
-def test_a_lora_trains_as_pefts_in_a_plain_loop(saved, name, layers, tmp_path):
+@pytest.mark.parametrize("layers", ["one", "all", "all, recomputed"])
+def test_a_lora_trains_as_pefts_in_a_plain_loop(saved, name, layers, tmp_path, monkeypatch):
     from peft import PeftModel
+    if layers == "all, recomputed":
+        monkeypatch.setattr(train, "plan_memory", lambda *given: (60, True, 0))
     family, args = saved(name), flags("lora", layers, steps=5)
     model, questions = family.load(), random_questions(10)
     layers = [1] if layers == "one" else list(range(len(model.layers)))

@@ -133,6 +133,22 @@ def test_a_trees_gradient_is_the_sum_of_its_texts_gradients(family):
         torch.testing.assert_close(mine, other, atol=1e-4 * other.abs().max().item(), rtol=0)
 
 
+def test_blocks_that_recompute_keep_only_what_comes_in_and_find_the_same_gradient(family):
+    model, gradients, kept = family.load(), [], []
+    vector = attach(model, 0, random_vector()).vector
+    for model.recompute in (False, True):
+        kept.append(0)
+
+        def pack(tensor):
+            kept[-1] += tensor.numel()
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            x = model.run_blocks(model.embed(TREE.tokens, TREE), 1, tree=TREE)
+        gradients += torch.autograd.grad((x * x.detach().roll(1, 0)).sum(), [vector])
+    assert kept[1] <= (len(model.layers) - 1) * x.numel() + 2 * len(TREE.tokens) < kept[0] / 5
+    torch.testing.assert_close(*gradients, atol=1e-5 * gradients[0].abs().max().item(), rtol=0)
+
+
 def test_wanted_nodes_are_those_of_all_and_so_are_the_gradients(family):
     model, wanted = family.load(), TREE.predicting[REAL].unique()
     attach(model, len(model.layers) - 1, random_vector())
@@ -149,6 +165,21 @@ def test_wanted_nodes_are_picked_even_if_no_block_runs(saved):
     x = model.embed(TREE.tokens, TREE)
     some, full = model.run_blocks(x, 2, tree=TREE, wanted=wanted), model.run_blocks(x, 2, tree=TREE)
     assert torch.equal(some, full[wanted])
+
+
+@pytest.mark.parametrize("limit", [1, 50, 100, 10 ** 6])
+def test_parts_hold_each_text_once_and_no_more_nodes_than_asked_for(limit):
+    texts = torch.randperm(len(TEXTS), generator=torch.Generator().manual_seed(0))
+    parts = TREE.parts(texts, limit)
+    assert sorted(torch.cat(parts).tolist()) == sorted(texts.tolist())
+    assert all(len(part) == 1 or len(TREE.select(part)[0]) <= limit for part in parts)
+    assert len(parts) == {1: len(TEXTS), 10 ** 6: 1}.get(limit, len(parts)) and (limit < 50 or len(parts) < 9)
+
+
+def test_texts_that_begin_alike_are_in_one_part():
+    tree = make_tree([question([1, 2, 3]), question([4, 5, 6])], [[[7, 8], [9, 8]]] * 2)
+    parts = tree.parts(torch.tensor([0, 2, 1, 3]), 5)
+    assert [sorted(part.tolist()) for part in parts] == [[0, 1], [2, 3]]
 
 
 def test_a_selection_holds_its_texts_in_the_order_asked_for():
