@@ -107,15 +107,15 @@ def plan_memory(model, tree, blocks=0):
     room, working = max(48e6, weights / 40), 2 * block + logits
     # Fewer than 256 nodes at once are slow.
     recompute = blocks > 0 and 4 * room < 256 * (working + blocks * block)
-    room, kept = (room, stream) if recompute else (4 * room, block)
+    room, kept = (room, stream) if recompute else ((4 if blocks else 2) * room, block)
     return int(room / (working + blocks * kept)), recompute, weights + room + count * stream
 
 @torch.no_grad()
 def frozen_batches(model, tree, last, rank=0, world=1):
     """Yields process `rank`'s share of a tree's texts in batches: (texts, their nodes' numbers, their tree,
     the residual stream (n, d) before block `last`)."""
-    device, limit = model.embed_tokens.weight.device, plan_memory(model, tree)[0] // 2
-    for texts in tree.parts(torch.arange(len(tree.row_of)), limit)[rank::world]:
+    device = model.embed_tokens.weight.device
+    for texts in tree.parts(torch.arange(len(tree.row_of)), plan_memory(model, tree)[0])[rank::world]:
         used, part = tree.select(texts)
         part = part.to(device)
         yield texts, used, part, model.run_blocks(model.embed(part.tokens, part), 0, last, part)
