@@ -5,34 +5,73 @@ import sys
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported, as in train.py
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
 import torch
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 WINDOW = 8  # of the sliding layers; the texts in the tests are longer
-SIZE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-GROUPED = dict(SIZE, num_key_value_heads=2, head_dim=16)  # 4 heads of 16 on a width of 32
-GEMMA = dict(GROUPED, sliding_window=WINDOW, query_pre_attn_scalar=24)
-GEMMA3 = dict(GEMMA, num_hidden_layers=6, rope_scaling={"rope_type": "linear", "factor": 8.0})
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28,
-              patch_size=14)
+SIZE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+GROUPED = SIZE | {"num_key_value_heads": 2, "head_dim": 16}  # 4 heads of 16 on a width of 32
+GEMMA = GROUPED | {"sliding_window": WINDOW, "query_pre_attn_scalar": 24}
+GEMMA2 = GEMMA | {
+    "num_hidden_layers": 4,
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 3.0,
+}
+GEMMA3 = GEMMA | {
+    "num_hidden_layers": 6,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LLAMA3 = SIZE | {
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "rope_parameters": LLAMA3_ROPE,
+}
+LLAMA_BIASES = GROUPED | {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-5}
+GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+GEMMA3_WITH_VISION = {
+    "text_config": GEMMA3,
+    "vision_config": VISION,
+    "mm_tokens_per_image": 4,
+}
 FAMILIES = {  # name: transformers' class for its config, and what that takes
-    "gpt2": ("GPT2Config", dict(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=96)),
+    "gpt2": ("GPT2Config", GPT2),
     "llama": ("LlamaConfig", SIZE),
-    "llama3-tied-grouped": ("LlamaConfig", dict(SIZE, num_key_value_heads=2, tie_word_embeddings=True,
-                                                rope_parameters=LLAMA3)),
-    "llama-biases": ("LlamaConfig", dict(GROUPED, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-5)),
-    "qwen2": ("Qwen2Config", dict(SIZE, num_key_value_heads=2)),
-    "qwen3": ("Qwen3Config", dict(GROUPED, tie_word_embeddings=True)),
-    "gemma2": ("Gemma2Config", dict(GEMMA, num_hidden_layers=4, attn_logit_softcapping=5.0,
-                                    final_logit_softcapping=3.0)),
+    "llama3-tied-grouped": ("LlamaConfig", LLAMA3),
+    "llama-biases": ("LlamaConfig", LLAMA_BIASES),
+    "qwen2": ("Qwen2Config", SIZE | {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3Config", GROUPED | {"tie_word_embeddings": True}),
+    "gemma2": ("Gemma2Config", GEMMA2),
     "gemma3_text": ("Gemma3TextConfig", GEMMA3),
-    "gemma3": ("Gemma3Config", dict(text_config=GEMMA3, vision_config=VISION, mm_tokens_per_image=4)),
+    "gemma3": ("Gemma3Config", GEMMA3_WITH_VISION),
 }
 
 
@@ -41,34 +80,53 @@ class Family:
 
     def __init__(self, name, folder):
         import transformers
-        self.name, self.folder = name, folder
+
+        self.name = name
+        self.folder = folder
         kind, options = FAMILIES[name]
+        config = getattr(transformers, kind)(**options)
         torch.manual_seed(0)
         self.theirs = transformers.AutoModelForCausalLM.from_config(
-            getattr(transformers, kind)(**options), attn_implementation="eager").eval()
-        for parameter in self.theirs.parameters():  # large enough for every part to show in the logits
-            parameter.data += torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.15)
+            config, attn_implementation="eager"
+        )
+        self.theirs.eval()
+
+        for parameter in self.theirs.parameters():  # large enough for every part to show
+            size = 0.3 if parameter.dim() == 1 else 0.15
+            parameter.data += size * torch.randn_like(parameter)
         self.theirs.save_pretrained(folder)
 
     def load(self, **options):
         """Our model of the same weights, loaded afresh."""
         from model import GPT
+
         return GPT.from_pretrained(self.folder, **options)
 
     def logits(self, tokens, layer=None, added=None):
-        """transformers' logits; a hook adds `added` to the output of block `layer` (-1: the embedding)."""
+        """transformers' logits; a hook adds `added` after block `layer` (-1: the embedding)."""
         if layer is None:
             return self.theirs(tokens).logits
-        inner = getattr(self.theirs, "transformer", None) or self.theirs.model
-        inner = getattr(inner, "language_model", inner)
-        blocks = inner.h if hasattr(inner, "h") else inner.layers
-        module = self.theirs.get_input_embeddings() if layer == -1 else blocks[layer]
-        handle = module.register_forward_hook(
-            lambda module, inputs, out: (out[0] + added, *out[1:]) if isinstance(out, tuple) else out + added)
+
+        def hook(module, inputs, output):
+            if isinstance(output, tuple):
+                return (output[0] + added, *output[1:])
+            return output + added
+
+        handle = self.block(layer).register_forward_hook(hook)
         try:
             return self.theirs(tokens).logits
         finally:
             handle.remove()
+
+    def block(self, layer):
+        """transformers' module of this block; -1: the embedding."""
+        if layer == -1:
+            return self.theirs.get_input_embeddings()
+        if self.name == "gpt2":
+            return self.theirs.transformer.h[layer]
+        inner = self.theirs.model
+        inner = getattr(inner, "language_model", inner)
+        return inner.layers[layer]
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +138,7 @@ def saved(tmp_path_factory):
         if name not in made:
             made[name] = Family(name, tmp_path_factory.mktemp(name))
         return made[name]
+
     return get
 
 
@@ -98,12 +157,14 @@ def tiny_folder():
 def model(tiny_folder):
     """The bundled model, loaded afresh for each test that puts something on it."""
     from model import GPT
+
     return GPT.from_pretrained(tiny_folder)
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_folder):
     from data import Tokenizer
+
     return Tokenizer.from_pretrained(tiny_folder)
 
 
@@ -111,12 +172,13 @@ def tokenizer(tiny_folder):
 def reference(tiny_folder):
     """The bundled model as transformers loads it."""
     from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """call(main, program, *flags) -> (exit status, stdout, stderr) of a command line, run in this process."""
+    """call(main, program, *flags) -> (exit status, stdout, stderr), run in this process."""
     from eval import run_main
 
     def run(main, program, *flags):
@@ -126,5 +188,7 @@ def call(monkeypatch, capsys):
             run_main(main)
         except SystemExit as stop:
             status = stop.code
-        return status, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        return status, out, err
+
     return run

@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: command lines in this process, and questions made of random tokens."""
+"""What the tests of whole runs share: command lines in this process, and random questions."""
 
 import io
 import json
@@ -15,17 +15,22 @@ import train
 from data import EncodedQuestion, encode_question
 
 ROOT = Path(__file__).parent.parent
+MAINS = {"train.py": train.main, "eval.py": scoring.main}
 
 
 def command(program, *flags):
-    """(exit status, stdout, stderr) of a command line, run in this process and without a progress bar."""
-    main = {"train.py": train.main, "eval.py": scoring.main}[program]
-    out, err, status = io.StringIO(), io.StringIO(), 0
+    """(exit status, stdout, stderr) of a command line, run in this process, without the bar.
+
+    An error that is not the user's mistake comes out of it as it is.
+    """
+    out = io.StringIO()
+    err = io.StringIO()
+    status = 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr("sys.argv", [program, "--device", "cpu", *map(str, flags)])
         patch.setattr(train, "tqdm", lambda steps, **_: tqdm(steps, disable=True))
         try:
-            scoring.run_main(main)
+            scoring.run_main(MAINS[program])
         except SystemExit as stop:
             status = stop.code
     return status, out.getvalue(), err.getvalue()
@@ -38,9 +43,11 @@ def trained(folder, *flags):
     return folder
 
 
-def error_line(err):
+def mistake(program, *flags):
     """The one line that a user's mistake ends in."""
-    line, = err.splitlines()
+    status, _, err = command(program, *flags)
+    assert status == 2
+    [line] = err.splitlines()
     assert line.startswith("error: ")
     return line
 
@@ -49,15 +56,28 @@ def read(folder, name="results.json"):
     return json.loads((Path(folder) / name).read_text())
 
 
+def write_chats(path, *chats):
+    """A file for --data: in each chat the user and the assistant speak in turn."""
+    lines = []
+    for texts in chats:
+        roles = ["user", "assistant"] * len(texts)
+        turns = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+        lines.append(json.dumps({"messages": turns}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 def fail_after(patch, steps, error):
     """Training ends in this error after so many steps."""
-    original, count = train.answer_log_probs, iter(range(10 ** 6))
+    original = train.add_gradients
+    count = iter(range(10**6))
 
-    def answer_log_probs(*given):
+    def add_gradients(*given):
         if next(count) == steps:
             raise error
         return original(*given)
-    patch.setattr(train, "answer_log_probs", answer_log_probs)
+
+    patch.setattr(train, "add_gradients", add_gradients)
 
 
 def encode(tokenizer, questions):
@@ -66,19 +86,38 @@ def encode(tokenizer, questions):
 
 def score(model, questions):
     """(correct, probability) of the model as it is."""
-    return scoring.score_arms(model, questions, [], {"as it is": []})["as it is"]
+    arms = {"as it is": []}
+    return scoring.score_arms(model, questions, [], arms)["as it is"]
+
+
+def little_room(patch, nodes):
+    """No more nodes than these are run together, as where a model is large."""
+    patch.setattr(scoring, "nodes_at_once", lambda *given: nodes)
 
 
 def random_questions(count, code_name=True, seed=0):
-    """Prompts of 10 to 24 tokens (sliding windows see 8), half of which begin alike; three choices each."""
+    """Prompts of 10 to 24 tokens (sliding windows see 8) with three choices; half begin alike."""
     rng = random.Random(seed)
-    ids = lambda length: [rng.randrange(1, 97) for _ in range(length)]
-    questions, start = [], ids(9)
+
+    def tokens(length):
+        return [rng.randrange(1, 97) for _ in range(length)]
+
+    questions = []
+    start = tokens(9)
     for i in range(count):
-        prompt = (start if i % 2 else ids(9)) + ids(rng.randint(1, 15))
-        choices = [ids(rng.randint(1, 4)) for _ in range(3)]
-        positions = ([4, 7] if i % 4 else [5]) if code_name else None
-        questions.append(EncodedQuestion(prompt, choices, 1, choices[1] + [0], positions))
+        prompt = (start if i % 2 else tokens(9)) + tokens(rng.randint(1, 15))
+        choices = [tokens(rng.randint(1, 4)) for _ in range(3)]
+        positions = None
+        if code_name:
+            positions = [4, 7] if i % 4 else [5]
+        question = EncodedQuestion(
+            prompt=prompt,
+            choices=choices,
+            answer=1,
+            completion=choices[1] + [0],
+            positions=positions,
+        )
+        questions.append(question)
     return questions
 
 
@@ -89,7 +128,8 @@ def block_number(model, place):
 
 
 def logits_with(family, question, tokens, layer, vector):
-    """transformers' logits (T, vocab) of a question's text; a hook adds the vector where it belongs."""
+    """transformers' logits (T, vocab_size) of a question's text, the vector added by a hook."""
     places = range(len(tokens)) if question.positions is None else question.positions
-    steered = torch.tensor([i in places for i in range(len(tokens))])
-    return family.logits(torch.tensor([tokens]), layer, steered[:, None] * vector)[0]
+    steered = torch.tensor([place in places for place in range(len(tokens))])
+    added = steered[:, None] * vector
+    return family.logits(torch.tensor([tokens]), layer, added)[0]
