@@ -1,456 +1,699 @@
-"""One decoder for GPT-2, Llama, Qwen 2 and 3, Gemma 2 and 3, read straight from a Hugging Face checkpoint.
+"""One decoder for GPT-2, Llama, Qwen 2 and 3, Gemma 2 and 3, read from a Hugging Face checkpoint.
 
-Each difference between them is a field of Config. Shapes: B rows, T columns, d hidden_size, H query heads, K
-key/value heads, D head_dim; N nodes of a prefix tree (data.py), where what texts share is there once. Linear
-layers and norms work on (N, d) as on (B, T, d); attention lays the nodes out as texts.
+The residual stream comes in two layouts. A plain batch is (B, T, d): B texts of T tokens, d numbers
+for each. A prefix tree (data.py) is (N, d): what several texts begin with is there once, as a node.
+
+    text 0    <b> How far is Rome ?          <b>(0)─How(1)─far(2)─is(3)─┬─Rome(4)──?(5)
+    text 1    <b> How far is Cairo ?                                    └─Cairo(6)─?(7)
+
+    (N, d)  ── unfold ──►   0 1 2 3 4 5      (R, T, d): every text in a row of its own
+                            0 1 2 3 6 7
+    (N, d)  ◄── fold ────   every node once: its copies in several rows hold the same numbers
+
+Linear layers, norms and MLPs look at one token at a time and take either layout. Attention alone
+looks from one token to another: it unfolds before and folds after. In a plain batch every text is a
+row already, and both do nothing.
+
+Letters in shapes: B texts, T tokens in the longest, N nodes, R rows, d hidden size, D head size,
+H query heads, K key and value heads.
 """
+
 import json
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-# What a config.json leaves unsaid: a family's structure, and its authors' defaults.
-GEMMA = dict(norm="rms_plus_one", post_norms=True, scale_embedding=True, tie_word_embeddings=True,
-             hidden_act="gelu_pytorch_tanh", num_attention_heads=8, num_key_value_heads=4, head_dim=256,
-             query_pre_attn_scalar=256, sliding_window=4096)
-GEMMA3 = dict(GEMMA, global_every=6, vocab_size=262208, qk_norm=True, rope_theta=1e6,
-              rope_local_base_freq=1e4)
-FAMILIES = {
-    "gpt2": dict(norm="layer", gated_mlp=False, learned_positions=True, attention_bias=True, mlp_bias=True,
-                 tie_word_embeddings=True, hidden_act="gelu_new", rms_norm_eps=1e-5,
-                 max_position_embeddings=1024),
-    "llama": dict(),
-    "qwen2": dict(attention_bias=True),
-    "qwen3": dict(qk_norm=True, head_dim=128),
-    "gemma2": dict(GEMMA, global_every=2, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
-    "gemma3_text": GEMMA3,
-    "gemma3": GEMMA3,  # only its text part is read
-}
-# Config's fields that no file sets, and those that only Gemma's may set.
-STRUCTURE = "model_type norm gated_mlp learned_positions post_norms qk_norm scale_embedding "
-GEMMA_ONLY = """layer_types global_every sliding_window query_pre_attn_scalar rope_local_base_freq
-    attn_logit_softcapping final_logit_softcapping"""
-OTHER_NAMES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-               "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
-               "layer_norm_epsilon": "rms_norm_eps", "activation_function": "hidden_act",  # so far GPT-2
-               "hidden_activation": "hidden_act", "sliding_window_pattern": "global_every"}  # Gemma
-# Switches that would change the result, as we have them; fields whose null means "none".
-SWITCHES = {"quantization_config": None, "use_sliding_window": False, "partial_rotary_factor": 1.0,
-            "use_bidirectional_attention": False, "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False}
-NULLABLE = "attn_logit_softcapping", "final_logit_softcapping", "sliding_window"
-gelu_tanh = partial(F.gelu, approximate="tanh")
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_new": gelu_tanh, "gelu_pytorch_tanh": gelu_tanh}
-ROPES = {"default": (), "linear": ("factor",),  # with what each needs
-         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-
-def require(condition, message):
-    if not condition:
-        raise ValueError(message)
 
 @dataclass
 class Config:
-    """The shape of a decoder, in config.json's names."""
+    """The shape of a decoder, in config.json's names where it has one. The defaults are Llama's."""
+
     model_type: str
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    intermediate_size: int | None = None  # GPT-2: 4 * hidden_size
-    num_key_value_heads: int | None = None  # fewer than heads: grouped-query attention
-    head_dim: int | None = None  # hidden_size / num_attention_heads
-    max_position_embeddings: int = 2048  # a limit only with learned positions
-    tie_word_embeddings: bool = False  # lm_head is the embedding
+    num_key_value_heads: int  # fewer than query heads: grouped-query attention
+    head_dim: int
+    intermediate_size: int  # the width inside an MLP
     hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False  # is the unembedding the embedding?
+    rms_norm_eps: float = 1e-6  # also of GPT-2's layer norms
+    layer_norm: bool = False  # GPT-2; all others have RMS norms
+    norm_offset: float = 0.0  # Gemma: 1.0, since its files hold a norm's weight - 1
     gated_mlp: bool = True  # all but GPT-2
-    norm: str = "rms"  # "rms_plus_one": Gemma; "layer": GPT-2
-    rms_norm_eps: float = 1e-6
-    post_norms: bool = False  # Gemma: of what attention and MLP add
-    qk_norm: bool = False  # Qwen 3, Gemma 3: of each query and key head
-    attention_bias: bool = False  # GPT-2; Qwen 2 on q, k and v only
-    mlp_bias: bool = False  # GPT-2
-    learned_positions: bool = False  # GPT-2; all others: rope
+    learned_positions: bool = False  # GPT-2; all others turn queries and keys by rope
+    qkv_bias: bool = False  # Qwen 2: of the query, key and value projections
+    attention_bias: bool = False  # of all four of the attention's projections; always in GPT-2
+    mlp_bias: bool = False
+    qk_norm: bool = False  # Qwen 3, Gemma 3: norm each query and key head
+    post_norms: bool = False  # Gemma: also norm what attention and MLP add to the stream
+    scale_embedding: bool = False  # Gemma: embeddings times sqrt(hidden_size)
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # Llama 3.1 ("llama3"), Gemma 3 ("linear")
-    rope_local_base_freq: float | None = None  # Gemma 3: rope_theta of the sliding layers, unscaled
-    layer_types: list | None = None  # of "full_attention" or, in Gemma, "sliding_attention"
-    global_every: int = 1  # if it has none: every so-manieth layer is full
-    sliding_window: int | None = None  # Gemma: tokens that a sliding layer sees, itself included
-    query_pre_attn_scalar: float | None = None  # Gemma: scales scores by this ** -0.5, not D ** -0.5
+    rope_local_base_freq: float | None = None  # Gemma 3: the rope_theta of its sliding layers
+    layer_types: tuple = ()  # "full_attention" or "sliding_attention", one for each layer
+    sliding_window: int | None = None  # tokens that a sliding layer sees, itself included
+    query_pre_attn_scalar: float | None = None  # Gemma: scores times this ** -0.5, not D ** -0.5
     attn_logit_softcapping: float | None = None  # Gemma 2: scores become cap * tanh(scores / cap)
-    final_logit_softcapping: float | None = None  # and logits
-    scale_embedding: bool = False  # Gemma: embeddings times sqrt(d)
-
-    def __post_init__(self):
-        """Checks each field; fills in what follows."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kind = field.type | int if field.type in (float, float | None) else field.type
-            good = isinstance(value, kind) and (type(value) is not bool or field.type is bool)
-            limit = 1000 if field.name == "num_hidden_layers" else 2 ** 53
-            good &= type(value) not in (int, float) or 0 < value < limit
-            kind = getattr(field.type, "__name__", field.type)
-            require(good, f"{field.name} must be {kind}, a number above 0 and below {limit}, not {value!r}")
-        layers, heads = range(1, self.num_hidden_layers + 1), self.num_attention_heads
-        self.num_key_value_heads = self.num_key_value_heads or heads
-        self.head_dim = self.head_dim or self.hidden_size // heads
-        if self.intermediate_size is None and self.model_type == "gpt2":
-            self.intermediate_size = 4 * self.hidden_size
-        if self.layer_types is None:
-            self.layer_types = [f"{'sliding' if i % self.global_every else 'full'}_attention" for i in layers]
-        act, groups, types = self.hidden_act, self.num_key_value_heads, self.layer_types
-        require(self.intermediate_size, "intermediate_size is missing")
-        good = self.head_dim > 0 and (self.head_dim % 2 == 0 or self.learned_positions)
-        require(good, f"head_dim must be even, not {self.head_dim}")
-        require(act in ACTIVATIONS, f"hidden_act {act!r} is not among {[*ACTIVATIONS]}")
-        require(heads % groups == 0, f"num_key_value_heads {groups} must divide {heads} heads")
-        known = "full_attention", "sliding_attention"
-        require(len(types) == len(layers) and all(kind in known for kind in types),
-                f"layer_types must be {' or '.join(known)} for each layer, not {types}")
+    final_logit_softcapping: float | None = None  # Gemma 2: the same for the logits
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Config":
-        """Reads folder/config.json."""
-        return cls.from_dict(dict(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))))
+        """Reads folder/config.json; CheckpointError if it asks for what we do not have."""
+        return read_config(read_json(Path(folder) / "config.json"))
 
-    @classmethod
-    def from_dict(cls, raw: dict) -> "Config":
-        """The same from its content, in the hub's spelling or transformers 5's. ValueError: not supported."""
-        kind = raw.get("model_type")
-        require(kind in FAMILIES, f"model_type {kind!r} is not among {[*FAMILIES]}")
-        raw = {**raw, **(raw.get("text_config") or {})} if kind == "gemma3" else dict(raw)
-        unread = {"gemma2": "rope_local_base_freq", "gemma3": "attn_logit_softcapping"}
-        unread = STRUCTURE + unread.get(kind.removesuffix("_text"), GEMMA_ONLY)
-        reads, given = {field.name for field in fields(cls)} - {*unread.split()}, {}
-        for name, value in [*read_rope(raw), *raw.items()]:
-            ours, setting = OTHER_NAMES.get(name, name), SWITCHES.get(name, value)
-            require(value in (None, setting), f"{name} must be {setting}, not {value}")
-            if ours in reads and (value is not None or ours in NULLABLE):
-                other = given.setdefault(ours, value)
-                require(value == other, f"{ours} is given twice, as {other} and {value}")
-        return cls(model_type=kind, **{**FAMILIES[kind], **given})  # its TypeError names what is missing
-
-def read_rope(raw):
-    """Config's rope fields, from the hub's rope_scaling or transformers 5's rope_parameters."""
-    old, new = raw.pop("rope_scaling", None) or {}, raw.get("rope_parameters") or {}  # Gemma 3: two of these
-    require(not (old and new), "rope_scaling and rope_parameters are both given")
-    local, scaling = new.get("sliding_attention") or {}, old or new.get("full_attention", new)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    require(kind in ROPES, f"rope scaling {kind!r} is not among {[*ROPES]}")
-    require(local.get("rope_type", "default") == "default", "sliding_attention must have the default rope")
-    used = {name: scaling[name] for name in ROPES[kind]}
-    good = all(type(x) in (int, float) and 0 < x < math.inf for x in used.values())
-    good = good and used.get("low_freq_factor", 0) < used.get("high_freq_factor", 1)
-    require(good, f"rope scaling {used} is out of range")
-    return [("rope_scaling", {"rope_type": kind, **used} if used else None),
-            ("rope_theta", scaling.get("rope_theta")), ("rope_local_base_freq", local.get("rope_theta")),
-            ("partial_rotary_factor", scaling.get("partial_rotary_factor"))]
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
-    def __init__(self, size, eps, offset):
-        super().__init__()
-        self.eps, self.offset = eps, offset  # Gemma stores weight - 1
-        self.weight = nn.Parameter(torch.full((size,), 1 - offset))
-
-    def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float() + self.offset, self.eps).to(x.dtype)
-
-def make_embedding(count, size):
-    """nn.Embedding(count, size), without its slow imports on the meta device."""
-    weight = torch.empty(count, size)
-    return nn.Embedding.from_pretrained(weight if weight.is_meta else weight.normal_(), freeze=False)
-
-def make_norm(config, size):
-    if config.norm == "layer":
-        return nn.LayerNorm(size, config.rms_norm_eps)
-    return RMSNorm(size, config.rms_norm_eps, offset=float(config.norm == "rms_plus_one"))
-
-def make_rope(config, layer_type, positions, dtype):
-    """cos and sin, (T, 1, D) each, of rotary position embedding (Su et al. 2021, arXiv 2104.09864) at
-    positions (T,): elements i and i + D/2 of a head turn by the angle position * theta ** (-2 i / D)."""
-    theta, scaling = config.rope_theta, config.rope_scaling
-    if layer_type == "sliding_attention" and config.rope_local_base_freq is not None:
-        theta, scaling = config.rope_local_base_freq, None
-    pairs = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
-    frequency = 1.0 / theta ** (pairs / config.head_dim)
-    if scaling is not None and scaling["rope_type"] == "linear":
-        frequency = frequency / scaling["factor"]
-    elif scaling is not None:  # llama3: slow down what turns seldom within the original context
-        turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = keep * frequency + (1 - keep) * frequency / scaling["factor"]
-    angles = positions[:, None, None].float() * frequency.repeat(2)  # float32: bfloat16 takes 257 for 256
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-def rotate(x, cos, sin):
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-def make_mask(config, layer_type, T, device):
-    """Which of T tokens (columns) each (row) sees: (T, T) bool; None: just causal."""
-    window = config.sliding_window if layer_type == "sliding_attention" else None
-    slides = window is not None and T > window
-    if not slides and config.attn_logit_softcapping is None:
-        return None
-    seen = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    return seen.triu(1 - window) if slides else seen
-
-class Attention(nn.Module):
-    """Causal self-attention with grouped queries (Ainslie et al. 2023, arXiv 2305.13245) of x (B, T, d), or
-    (N, d) with its tree, whose rows are padded at the end, where no real token looks. wanted (W,): only these
-    nodes come out, (W, d)."""
-    def __init__(self, config):
-        super().__init__()
-        d, D = config.hidden_size, config.head_dim
-        H, K = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.softcap = D, config.attn_logit_softcapping
-        self.scale = (config.query_pre_attn_scalar or D) ** -0.5
-        self.q_proj = nn.Linear(d, H * D, bias=config.attention_bias)
-        self.k_proj = nn.Linear(d, K * D, bias=config.attention_bias)
-        self.v_proj = nn.Linear(d, K * D, bias=config.attention_bias)
-        self.o_proj = nn.Linear(H * D, d, bias=config.attention_bias and config.model_type != "qwen2")
-        self.q_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
-        self.k_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
-
-    def forward(self, x, rope, mask, tree=None, wanted=None):
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H or K, D), or (N, H or K, D)
-                   for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        if tree is not None:  # F.embedding: indexing whose backward pass is fast on a CPU
-            q, k, v = (F.embedding(tree.rows, y.flatten(1)).unflatten(-1, y.shape[1:]) for y in (q, k, v))
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or K, T, D)
-        if self.softcap is None:
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=self.scale,
-                                               enable_gqa=True)
-        else:  # which no kernel does
-            k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], dim=1) for heads in (k, v))
-            scores = self.softcap * torch.tanh(q @ k.mT * self.scale / self.softcap)
-            y = scores.masked_fill(~mask, -math.inf).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
-        y = y.transpose(1, 2).flatten(2)  # (B, T, H * D)
-        if tree is not None:
-            places = tree.places if wanted is None else tree.places[wanted]
-            y = F.embedding(places, y.flatten(0, 1))  # (N or W, H * D)
-        return self.o_proj(y)
-
-class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)) (SwiGLU: Shazeer 2020, arXiv 2002.05202); GPT-2: down(act(up(x)))."""
-    def __init__(self, config):
-        super().__init__()
-        d, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(d, inner, bias=bias) if config.gated_mlp else None
-        self.up_proj = nn.Linear(d, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, d, bias=bias)
-        self.act = ACTIVATIONS[config.hidden_act]
-
-    def forward(self, x):
-        up = self.up_proj(x)
-        inner = self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up
-        return self.down_proj(inner)
-
-class Block(nn.Module):
-    """Adds attention's and the MLP's output to the stream."""
-    def __init__(self, config):
-        super().__init__()
-        self.self_attn, self.mlp = Attention(config), MLP(config)
-        self.post_norms, d = config.post_norms, config.hidden_size
-        self.input_layernorm = make_norm(config, d)
-        self.post_attention_layernorm = make_norm(config, d)
-        if self.post_norms:
-            self.pre_feedforward_layernorm = make_norm(config, d)
-            self.post_feedforward_layernorm = make_norm(config, d)
-
-    def forward(self, x, rope, mask, tree=None, wanted=None):
-        attended = self.self_attn(self.input_layernorm(x), rope, mask, tree, wanted)
-        if wanted is not None:
-            x = x[wanted]
-        if self.post_norms:
-            x = x + self.post_attention_layernorm(attended)
-            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x))  # a misnomer of Llama's: the MLP's input norm
-
-class Recomputed(torch.autograd.Function):
-    """run(x), keeping only x: the backward pass runs it again (Chen et al. 2016, arXiv 1604.06174)."""
-    @staticmethod
-    def forward(ctx, run, x):
-        ctx.run = run
-        ctx.save_for_backward(x)
-        return run(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.enable_grad():
-            ctx.run(x).backward(gradient)
-        return None, x.grad
 
 class GPT(nn.Module):
-    """The decoder. GPT(config) has random weights, GPT.from_pretrained a checkpoint's."""
-    steering = None  # the slot for a steering vector: see steer.attach
-    sharded = False  # are the blocks split over processes?
-    recompute = False  # keep just each block's input for the backward pass?
+    """The decoder. GPT(config) has random weights, GPT.from_pretrained those of a checkpoint."""
 
-    def __init__(self, config):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.steering = None  # the slot for a steering vector: see steer.attach
+        self.sharded = False  # after shard_blocks every process holds a part of each block
+
         self.embed_tokens = make_embedding(config.vocab_size, config.hidden_size)
         if config.learned_positions:
-            self.embed_positions = make_embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = make_embedding(
+                config.max_position_embeddings, config.hidden_size
+            )
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = make_norm(config, config.hidden_size)
+        self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, tokens, tree=None):
-        """Logits (B, T, vocab_size) of tokens (B, T) int64; or (N, vocab_size) of a tree's tokens (N,)."""
-        return self.unembed(self.norm(self.run_blocks(self.embed(tokens, tree), tree=tree)))
+    def run_blocks(self, x: Tensor, first: int = 0, stop: int | None = None, layout=None) -> Tensor:
+        """Runs blocks first to stop - 1 (None: to the end) on the residual stream x.
 
-    def embed(self, tokens, tree=None):
-        """The residual stream (B, T, d) or (N, d) before layer 0; ValueError beyond the last position."""
-        config, top = self.config, tokens.max().item()
-        require(top < config.vocab_size, f"token {top} is beyond the embedding's {config.vocab_size}")
-        x = self.embed_tokens(tokens)
-        if config.scale_embedding:  # rounded: sqrt(3584) = 59.87 is 59.75 in bfloat16
-            x = x * torch.tensor(config.hidden_size ** 0.5, dtype=x.dtype)
-        if config.learned_positions:
-            positions = torch.arange(x.shape[1], device=x.device) if tree is None else tree.positions
-            length, limit = positions.max().item() + 1, config.max_position_embeddings
-            require(length <= limit, f"a text has {length} tokens, but max_position_embeddings is {limit}")
-            x = x + self.embed_positions(positions)
+        x is (B, T, d), or (N, d) with its tree as the layout. A steering vector of layer L is added
+        between block L and block L + 1: run_blocks(x, 0, L + 1) ends before it, and
+        run_blocks(x, L + 1) begins with it. One after the last block is added if stop is None.
+        """
+        end = len(self.layers) if stop is None else stop
+        layout = layout or Batch(x)
+        config = self.config
+        views = {}  # the rope and the mask of each type of layer
+        for layer_type in set(config.layer_types):
+            rope = make_rope(config, layer_type, layout.positions, x.dtype)
+            mask = make_mask(config, layer_type, layout.columns, x.device)
+            views[layer_type] = rope, mask
+
+        for index in range(first, end):
+            x = self.steer(x, index - 1, layout.steered)
+            rope, mask = views[config.layer_types[index]]
+            x = self.layers[index](x, rope, mask, layout)
+
+        if stop is None:
+            x = self.steer(x, end - 1, layout.keep(layout.steered))
         return x
 
-    def run_blocks(self, x, first=0, last=None, tree=None, wanted=None):
-        """Runs blocks first to last - 1 (None: all that follow) on x, (B, T, d) or a tree's (N, d).
-
-        A steering vector of layer L is added on the way from block L to L + 1: run_blocks(x, 0, L + 1) ends
-        before it, run_blocks(x, L + 1) begins with it. wanted (W,): the last block runs only for these
-        nodes, others' logits are not read; (W, d) comes out.
-        """
-        count, config = len(self.layers), self.config
-        T, steered = (x.shape[1], None) if tree is None else (tree.rows.shape[1], tree.steered)
-        positions = torch.arange(T, device=x.device) if tree is None else tree.positions
-        shared = {}  # by all layers of one type
-        for kind in set(config.layer_types):
-            rope = None if config.learned_positions else make_rope(config, kind, positions, x.dtype)
-            shared[kind] = {"rope": rope, "mask": make_mask(config, kind, T, x.device), "tree": tree}
-        for i in range(first, count if last is None else last):
-            x = self.steer(x, i - 1, steered)
-            only = wanted if i == count - 1 else None
-            run = partial(self.layers[i], **shared[config.layer_types[i]], wanted=only)
-            x = Recomputed.apply(run, x) if self.recompute else run(x)
-        if last is not None:
-            return x
-        if wanted is not None:
-            x, steered = x if first < count else x[wanted], steered[wanted]
-        return self.steer(x, count - 1, steered)
-
     def steer(self, x, layer, steered):
+        """Adds the steering vector to the stream x after block `layer`, if it belongs there."""
         if self.steering is None or self.steering.layer != layer:
             return x
         return self.steering(x, steered)
 
-    def unembed(self, h):
-        """Logits (..., vocab_size) of h (..., d), the stream after the final norm."""
-        logits, cap = self.lm_head(h), self.config.final_logit_softcapping
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+    def forward(self, tokens: Tensor, layout=None) -> Tensor:
+        """Logits (B, T, vocab_size) of tokens (B, T) int64; (N, vocab_size) of a tree's (N,)."""
+        x = self.embed(tokens, layout)
+        x = self.run_blocks(x, layout=layout)
+        return self.unembed(self.norm(x))
 
-    @torch.no_grad()
-    def generate(self, tokens, max_new_tokens, temperature=0.0):
-        """Continues tokens (B, T) to (B, T + max_new_tokens); greedy at temperature 0, else sampled."""
-        for _ in range(max_new_tokens):
-            logits = self(tokens)[:, -1]  # (B, vocab_size)
-            new = logits.argmax(-1, keepdim=True)
-            if temperature > 0:
-                new = torch.multinomial((logits.float() / temperature).softmax(-1), 1)
-            tokens = torch.cat([tokens, new], dim=1)
-        return tokens
+    def embed(self, tokens: Tensor, layout=None) -> Tensor:
+        """The residual stream (B, T, d) or (N, d) before block 0."""
+        x = self.embed_tokens(tokens)
+        if self.config.scale_embedding:
+            # Rounded to the model's dtype, as in training: sqrt(3584) = 59.87 is 59.75 in bfloat16.
+            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
+        if self.config.learned_positions:
+            layout = layout or Batch(tokens)
+            x = x + self.embed_positions(layout.positions)
+        return x
+
+    def unembed(self, h: Tensor) -> Tensor:
+        """Logits (..., vocab_size) of h (..., d), the stream after the final norm."""
+        logits = self.lm_head(h)
+        cap = self.config.final_logit_softcapping
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
 
     @classmethod
-    def from_pretrained(cls, name_or_dir, device="cpu", dtype=torch.float32, shard=False) -> "GPT":
-        """A folder's or hub name's frozen model ("tiny": the bundled one). shard: split over processes."""
+    def from_pretrained(
+        cls,
+        name_or_dir: str | Path,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        shard: bool = False,
+    ) -> "GPT":
+        """The frozen model of a folder or a hub name; "tiny" is the one that comes with the code.
+
+        shard splits its blocks over torchrun's processes. CheckpointError names the file, field or
+        tensor that does not fit.
+        """
         folder = find_checkpoint(name_or_dir)
         config = Config.from_pretrained(folder)
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes only: the weights come from the file
             model = cls(config)
-        tensors, home = {}, "cpu" if shard else device
-        for name, tensor in read_tensors(folder):  # never all in memory twice
-            require(name not in tensors, f"tensor {name} comes twice")
-            require(tensor.is_floating_point(), f"tensor {name} should hold real numbers")
-            tensors[name] = tensor.to(home, dtype, copy=not shard).contiguous()
-            finite = all(bound.isfinite() for bound in tensors[name].aminmax())  # a NaN is both
-            require(finite, f"tensor {name} should be finite")
-        embedding = tensors.get("embed_tokens.weight")
-        if config.tie_word_embeddings and embedding is not None:
-            head = tensors.setdefault("lm_head.weight", embedding)  # some files have it
-            require(torch.equal(head, embedding), "tie_word_embeddings, but lm_head.weight is another")
-        model.load_state_dict(tensors, assign=True)  # names what does not fit
+        tensors = load_tensors(folder, "cpu" if shard else device, dtype)
+        if config.tie_word_embeddings:  # some files hold the unembedding all the same
+            tensors.setdefault("lm_head.weight", tensors.get("embed_tokens.weight"))
+
+        try:
+            model.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:  # it names what is missing, unexpected or of another shape
+            raise CheckpointError(f"{folder}: {error}") from None
         if config.tie_word_embeddings:
-            model.lm_head.weight = model.embed_tokens.weight
+            require(
+                torch.equal(model.lm_head.weight, model.embed_tokens.weight),
+                f"{folder}: tie_word_embeddings is true, but lm_head.weight is another",
+            )
+            model.lm_head.weight = model.embed_tokens.weight  # assign=True has untied them
+
         model.requires_grad_(False).eval()
-        return model.shard_blocks(device) if shard else model
+        if shard:
+            model.shard_blocks(device)
+        return model
 
     def shard_blocks(self, device):
-        """FSDP2: each process keeps a part of every block."""
-        import torch.distributed as dist  # slow imports
+        """FSDP2: each process keeps a part of every block, and gathers the rest when it runs."""
+        import torch.distributed as dist
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
-        mesh, self.sharded = init_device_mesh(torch.device(device).type, (dist.get_world_size(),)), True
+
+        mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
         for block in self.layers:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        return self.to(device)
+        self.sharded = True
+        self.to(device)
 
-UNUSED = re.compile(r"vision_tower|multi_modal_projector|rotary_emb|\.attn\.(masked_)?bias$")  # GPT-2's masks
-OUR_NAMES = {r"^(language_model\.model|model\.language_model|language_model|transformer|model)\.": "",
-             r"^h\.": "layers.", r"^wte": "embed_tokens", r"^wpe": "embed_positions", r"^ln_f": "norm",
-             r"\.ln_1": ".input_layernorm", r"\.ln_2": ".post_attention_layernorm",
-             r"\.attn\.c_attn": ".self_attn.qkv_proj", r"\.attn\.c_proj": ".self_attn.o_proj",
-             r"\.mlp\.c_fc": ".mlp.up_proj", r"\.mlp\.c_proj": ".mlp.down_proj"}
 
-def read_tensors(folder):
-    """Yields (our name, tensor) of a checkpoint's file or files."""
-    whole = folder / "model.safetensors"
-    for path in [whole] if whole.exists() else sorted(folder.glob("model-*.safetensors")) or [whole]:
+class Batch:
+    """The layout of a plain batch of texts (B, T). A prefix tree (data.py) has the same methods."""
+
+    def __init__(self, x: Tensor, steered: Tensor | None = None):
+        """x: the tokens (B, T) or their stream (B, T, d); steered (B, T) bool, by default all."""
+        self.columns = x.shape[1]  # T
+        self.positions = torch.arange(self.columns, device=x.device)
+        if steered is None:
+            steered = x.new_ones(x.shape[:2], dtype=torch.bool)
+        self.steered = steered  # where a steering vector is added
+
+    def unfold(self, x):
+        """Every text in a row of its own, for attention."""
+        return x
+
+    def fold(self, x):
+        """The way back."""
+        return x
+
+    def keep(self, x):
+        """What comes out of a block: here all of x. See PrefixTree.only for the other case."""
+        return x
+
+
+class Block(nn.Module):
+    """Adds the attention's and the MLP's output to the residual stream."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = make_norm(config)
+        # The norm after the attention in Gemma; all others call the norm before the MLP so.
+        self.post_attention_layernorm = make_norm(config)
+        self.post_norms = config.post_norms
+        if config.post_norms:
+            self.pre_feedforward_layernorm = make_norm(config)
+            self.post_feedforward_layernorm = make_norm(config)
+
+    def forward(self, x, rope, mask, layout):
+        attended = self.self_attn(self.input_layernorm(x), rope, mask, layout)
+        x = layout.keep(x)  # all of it, but in the last block of a tree of which little is read
+        if self.post_norms:
+            x = x + self.post_attention_layernorm(attended)
+            written = self.mlp(self.pre_feedforward_layernorm(x))
+            return x + self.post_feedforward_layernorm(written)
+
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Attention(nn.Module):
+    """Causal self-attention, with grouped queries (Ainslie et al. 2023, arXiv 2305.13245)."""
+
+    def __init__(self, config):
+        super().__init__()
+        d = config.hidden_size
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        bias = config.attention_bias or config.qkv_bias
+        self.q_proj = nn.Linear(d, queries, bias=bias)
+        self.k_proj = nn.Linear(d, keys, bias=bias)
+        self.v_proj = nn.Linear(d, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, d, bias=config.attention_bias)
+
+        self.head_dim = config.head_dim
+        self.softcap = config.attn_logit_softcapping
+        self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, rope, mask, layout):
+        heads = (-1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, heads))  # (B, T, H, D) or (N, H, D)
+        k = self.k_norm(self.k_proj(x).unflatten(-1, heads))  # (B, T, K, D) or (N, K, D)
+        v = self.v_proj(x).unflatten(-1, heads)  # the same
+        if rope is not None:
+            q = rotate(q, *rope)
+            k = rotate(k, *rope)
+
+        q = layout.unfold(q).transpose(1, 2)  # (B or R, H, T, D)
+        k = layout.unfold(k).transpose(1, 2)  # (B or R, K, T, D)
+        v = layout.unfold(v).transpose(1, 2)
+        if self.softcap is None:
+            y = F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+            )
+        else:
+            y = self.attend_softly_capped(q, k, v, mask)
+
+        y = y.transpose(1, 2).flatten(2)  # (B or R, T, H * D)
+        return self.o_proj(layout.fold(y))
+
+    def attend_softly_capped(self, q, k, v, mask):
+        """Gemma 2's attention by hand: scaled_dot_product_attention cannot cap the scores."""
+        group = q.shape[1] // k.shape[1]  # query heads that share a key head
+        k = k.repeat_interleave(group, dim=1)
+        v = v.repeat_interleave(group, dim=1)
+        scores = q @ k.mT * self.scale
+        scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = scores.masked_fill(~mask, -math.inf)
+        weights = scores.softmax(-1, dtype=torch.float32)
+        return weights.to(v.dtype) @ v
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)) (SwiGLU: Shazeer 2020, arXiv 2002.05202); GPT-2 has no gate."""
+
+    def __init__(self, config):
+        super().__init__()
+        d, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(d, inner, bias=config.mlp_bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(d, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, d, bias=config.mlp_bias)
+        self.act = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x):
+        inner = self.up_proj(x)
+        if self.gate_proj is None:
+            inner = self.act(inner)
+        else:
+            inner = self.act(self.gate_proj(x)) * inner
+        return self.down_proj(inner)
+
+
+gelu_tanh = partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+}
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, size, eps, offset):
+        super().__init__()
+        self.eps = eps
+        self.offset = offset
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
+
+    def forward(self, x):
+        weight = self.weight.float() + self.offset
+        return F.rms_norm(x.float(), x.shape[-1:], weight, self.eps).to(x.dtype)
+
+
+def make_norm(config, size=None):
+    """A norm of the residual stream, or (with size = head_dim) of query and key heads."""
+    size = size or config.hidden_size
+    if config.layer_norm:
+        return nn.LayerNorm(size, config.rms_norm_eps)
+    return RMSNorm(size, config.rms_norm_eps, config.norm_offset)
+
+
+def make_embedding(count, size):
+    """An nn.Embedding, drawn here: its own way imports torch's compiler, a second of start-up."""
+    weight = torch.empty(count, size)
+    if not weight.is_meta:
+        weight.normal_()
+    return nn.Embedding.from_pretrained(weight, freeze=False)
+
+
+def make_rope(config, layer_type, positions, dtype):
+    """cos and sin, (T or N, 1, D) each, of rotary position embedding.
+
+    Elements i and i + D/2 of a head turn together by the angle position * theta ** (-2 i / D)
+    (Su et al. 2021, arXiv 2104.09864). None for GPT-2, which has learned positions instead.
+    """
+    if config.learned_positions:
+        return None
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if layer_type == "sliding_attention" and config.rope_local_base_freq:
+        theta, scaling = config.rope_local_base_freq, None
+    even = torch.arange(0, config.head_dim, 2, device=positions.device)
+    frequency = 1.0 / theta ** (even / config.head_dim)  # (D/2,)
+    if scaling:
+        frequency = slow_down(frequency, scaling)
+
+    # In float32: bfloat16 has 8 bits of precision and would round position 257 to 256.
+    angles = positions[:, None, None].float() * frequency.repeat(2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def slow_down(frequency, scaling):
+    """Longer contexts than those of the first training: the pairs turn slower by a factor.
+
+    "linear" slows all of them down; "llama3" only those that seldom turn within the first context.
+    """
+    slow = frequency / scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return slow
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    low = scaling["low_freq_factor"]
+    unslowed = ((turns - low) / (scaling["high_freq_factor"] - low)).clamp(0, 1)
+    return torch.lerp(slow, frequency, unslowed)
+
+
+def rotate(x, cos, sin):
+    """Turns the pairs (i, i + D/2) of every head in x (..., heads, D)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def make_mask(config, layer_type, columns, device):
+    """(T, T) bool, True where token i sees token j; None where plain causal attention will do.
+
+    Rows are padded at their end, where no real token looks, so padding needs no mask.
+    """
+    window = columns
+    if layer_type == "sliding_attention":
+        window = config.sliding_window or columns
+    if window >= columns and config.attn_logit_softcapping is None:
+        return None  # attend_softly_capped always wants a mask
+
+    return torch.ones(columns, columns, dtype=torch.bool, device=device).tril().triu(1 - window)
+
+
+# ---- loading a checkpoint
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, is damaged, or is of a kind that we would read wrongly."""
+
+
+def require(condition, message):
+    if not condition:
+        raise CheckpointError(message)
+
+
+def find_checkpoint(name_or_dir: str | Path) -> Path:
+    """The folder of a model: tiny's, a folder as it is, or one fetched from the hub by its name."""
+    if name_or_dir == "tiny":
+        return Path(__file__).parent / "tiny"
+    folder = Path(name_or_dir).expanduser()
+    if folder.is_dir():
+        return folder
+
+    from huggingface_hub import snapshot_download  # here, since it takes a while to import
+
+    try:
+        return Path(
+            snapshot_download(
+                str(name_or_dir),
+                allow_patterns=["*.json", "*.jinja", "*.safetensors"],  # no pickles
+                ignore_patterns="*/*",  # nothing in subfolders
+            )
+        )
+    except (OSError, ValueError) as error:  # no such name, gated, offline, no network
+        raise CheckpointError(f"{name_or_dir}: no such folder, and from the hub: {error}") from None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; CheckpointError names the file that is not there or holds none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    require(isinstance(content, dict), f"{path}: it should hold a JSON object, in braces")
+    return content
+
+
+def load_tensors(folder, device, dtype):
+    """{our name: tensor}, on the device and in the dtype."""
+    tensors = {}
+    for path in checkpoint_files(folder):
         try:
-            with safe_open(path, framework="pt") as file:
-                keys = file.keys()
-            for key in keys:
-                with safe_open(path, framework="pt") as file:  # anew: else what was read stays in memory
-                    if not UNUSED.search(key):
-                        yield from translate(key, file.get_tensor(key))
-        except Exception as error:
-            raise ValueError(f"{path.name}: {error}") from None
+            stored = load_file(path)  # mapped to memory: nothing is read before it is copied
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+        for key, tensor in stored.items():
+            if re.search(UNUSED, key):
+                continue
+            require(tensor.is_floating_point(), f"{path}: {key} should hold real numbers")
+            for name, part in translate(key, tensor):
+                tensors[name] = part.to(device, dtype, copy=True).contiguous()
+    return tensors
+
+
+def checkpoint_files(folder):
+    """The weights' only file, or those that the index names."""
+    whole = folder / "model.safetensors"
+    if whole.exists():
+        return [whole]
+    index = folder / "model.safetensors.index.json"
+    require(
+        index.exists(), f"{whole} is missing; a pytorch_model.bin must be converted to it first"
+    )
+    return sorted({folder / name for name in read_json(index)["weight_map"].values()})
+
+
+# Tensors to skip: GPT-2's masks, rope's tables, and what Gemma 3 looks at pictures with.
+UNUSED = r"vision_tower|multi_modal_projector|rotary_emb|\.attn\.(masked_)?bias$"
+OUR_NAMES = {  # pattern: what replaces it, in this order
+    r"^(language_model\.model|model\.language_model|language_model|transformer|model)\.": "",
+    r"^h\.": "layers.",
+    r"^wte": "embed_tokens",
+    r"^wpe": "embed_positions",
+    r"^ln_f": "norm",
+    r"\.ln_1": ".input_layernorm",
+    r"\.ln_2": ".post_attention_layernorm",
+    r"\.attn\.c_attn": ".self_attn.qkv_proj",
+    r"\.attn\.c_proj": ".self_attn.o_proj",
+    r"\.mlp\.c_fc": ".mlp.up_proj",
+    r"\.mlp\.c_proj": ".mlp.down_proj",
+}
+
 
 def translate(key, tensor):
-    """[(our name, tensor)]: three for GPT-2's fused q, k and v."""
+    """[(our name, tensor)] of a tensor: three for GPT-2's queries, keys and values in one."""
     name = key
     for theirs, ours in OUR_NAMES.items():
         name = re.sub(theirs, ours, name)
     if ".c_" in key:
-        tensor = tensor.transpose(0, -1)  # GPT-2's Conv1D stores (inputs, outputs)
+        tensor = tensor.t()  # GPT-2's Conv1D stores (inputs, outputs); a bias stays as it is
+
     if "qkv_proj" not in name:
         return [(name, tensor)]
-    return [(name.replace("qkv", letter), part) for letter, part in zip("qkv", tensor.chunk(3))]
+    parts = zip("qkv", tensor.chunk(3))
+    return [(name.replace("qkv", letter), part) for letter, part in parts]
 
-def find_checkpoint(name_or_dir: str | Path) -> Path:
-    """Tiny's folder, a folder as it is, or a hub model's, downloaded unless in the cache."""
-    folder = Path(__file__).parent / "tiny" if name_or_dir == "tiny" else Path(name_or_dir).expanduser()
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-    try:
-        wanted = ["*.json", "*.jinja", "*.safetensors"]  # no pickles, no subfolders
-        return Path(snapshot_download(str(name_or_dir), allow_patterns=wanted, ignore_patterns="*/*"))
-    except Exception as error:  # no such name, gated, offline, the network's
-        raise ValueError(f"no such folder, and from the hub {type(error).__name__}: {error}") from None
+
+# ---- reading config.json
+#
+# The file does not say how its family is built, and leaves out what is at its default: both stand
+# in FAMILIES. What transformers does not read for a family is not read either; what would change
+# the arithmetic and is not implemented is refused.
+
+REQUIRED = [
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+]
+READ = [  # the fields that are read for every family
+    *REQUIRED,
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+]
+READ_FOR_GEMMA = [
+    "attention_bias",
+    "sliding_window",
+    "query_pre_attn_scalar",
+    "final_logit_softcapping",
+]
+READ_FOR_GEMMA3 = [*READ_FOR_GEMMA, "rope_local_base_freq", "sliding_window_pattern"]
+ALSO_READ = {
+    "gpt2": ["hidden_act"],
+    "llama": ["hidden_act", "attention_bias", "mlp_bias"],
+    "qwen2": ["hidden_act"],
+    "qwen3": ["hidden_act", "attention_bias"],
+    "gemma2": [*READ_FOR_GEMMA, "attn_logit_softcapping"],
+    "gemma3_text": READ_FOR_GEMMA3,
+    "gemma3": READ_FOR_GEMMA3,
+}
+GEMMA = {
+    "vocab_size": 256000,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "norm_offset": 1.0,
+    "post_norms": True,
+    "scale_embedding": True,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+}
+GEMMA2 = GEMMA | {
+    "sliding_window_pattern": 2,  # every second layer sees all tokens
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
+GEMMA3 = GEMMA | {
+    "vocab_size": 262208,
+    "qk_norm": True,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "sliding_window_pattern": 6,
+}
+FAMILIES = {  # beyond Config's defaults; a field that we read can say something else
+    "gpt2": {
+        "hidden_act": "gelu_new",
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-5,
+        "layer_norm": True,
+        "gated_mlp": False,
+        "learned_positions": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "llama": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True, "head_dim": 128},
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+    "gemma3": GEMMA3,  # the model with pictures, of which we read the text part
+}
+OTHER_NAMES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "n_positions": "max_position_embeddings",
+    "layer_norm_epsilon": "rms_norm_eps",
+    "activation_function": "hidden_act",  # up to here GPT-2's
+    "type": "rope_type",  # in older files
+}
+# null means "off" here, and "the default" elsewhere.
+NULL_IS_OFF = ["attn_logit_softcapping", "final_logit_softcapping", "sliding_window"]
+ROPES = {  # what each kind needs
+    "default": [],
+    "linear": ["rope_type", "factor"],
+    "llama3": [
+        "rope_type",
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ],
+}
+IMPLEMENTED = {  # all that we have, of what a file may ask for
+    "hidden_act": ACTIVATIONS,
+    "hidden_activation": ["gelu_pytorch_tanh"],  # Gemma's, which does not read hidden_act
+    "rope_type": ROPES,
+    "partial_rotary_factor": [1.0],
+    "use_sliding_window": [False],
+    "use_bidirectional_attention": [False],
+    "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False],
+    "quantization_config": [None],
+}
+
+
+def read_config(raw: dict) -> Config:
+    """The Config of a config.json's content; CheckpointError names the field that does not fit."""
+    family = raw.get("model_type")
+    require_one_of("model_type", family, FAMILIES)
+    raw = FAMILIES[family] | flatten(raw)
+    for name, known in IMPLEMENTED.items():
+        if name in raw:
+            require_one_of(name, raw[name], known)
+    of_rope = ROPES[raw.get("rope_type", "default")]
+    for name in [*REQUIRED, *of_rope]:
+        require(name in raw, f"config.json: {name} is missing")
+
+    read = READ + ALSO_READ[family]
+    fields = FAMILIES[family] | {name: raw[name] for name in read if name in raw}
+    fields["rope_scaling"] = {name: raw[name] for name in of_rope} or None
+    heads = fields["num_attention_heads"]
+    groups = fields.setdefault("num_key_value_heads", heads)
+    size = fields.setdefault("head_dim", fields["hidden_size"] // heads)
+    require(heads % groups == 0, "config.json: num_key_value_heads must divide num_attention_heads")
+    require(size % 2 == 0, "config.json: head_dim must be even")
+
+    layers = fields["num_hidden_layers"]
+    every = fields.pop("sliding_window_pattern", 1)
+    pattern = ["sliding_attention"] * (every - 1) + ["full_attention"]
+    types = raw.get("layer_types", (pattern * layers)[:layers])
+    require(len(types) == layers, "config.json: layer_types must be as many as num_hidden_layers")
+    for kind in types:
+        require_one_of("layer_types", kind, ["sliding_attention", "full_attention"])
+    return Config(family, layer_types=tuple(types), **fields)
+
+
+def require_one_of(name, value, known):
+    require(value in known, f"config.json: {name} must be one of {[*known]}, not {value!r}")
+
+
+def flatten(raw):
+    """The fields by our names and all at the top: also those of text_config and those about rope.
+
+    The hub's files have rope_theta and rope_scaling; transformers 5 writes rope_parameters, for
+    Gemma 3 one for each type of layer. Null stands for a default, with three exceptions.
+    """
+    raw = raw | raw.get("text_config", {})
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    raw |= rope.get("full_attention", rope)
+    sliding = rope.get("sliding_attention")
+    if sliding:
+        require_one_of("sliding_attention's rope_type", sliding["rope_type"], ["default"])
+        raw["rope_local_base_freq"] = sliding["rope_theta"]
+    if "n_embd" in raw:  # GPT-2, which seldom says n_inner
+        raw = {"intermediate_size": 4 * raw["n_embd"]} | raw
+
+    flat = {}
+    for name, value in raw.items():
+        if value is not None or name in NULL_IS_OFF:
+            flat[OTHER_NAMES.get(name, name)] = value
+    return flat
