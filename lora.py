@@ -1,124 +1,211 @@
-"""LoRA: low-rank updates of frozen linear layers (Hu et al. 2021, arXiv 2106.09685), in PEFT's format."""
+"""LoRA: low-rank updates of frozen linear layers (Hu et al. 2021, arXiv 2106.09685).
 
+    parameters = add_lora(model, layers=[0], modules=["up_proj", "down_proj"], rank=8, alpha=8)
+    ...                                     # train these parameters, then:
+    save_lora(model, folder)                # in PEFT's format
+    remove_lora(model)                      # the model is exactly what it was
+
+First comes the layer, then where it is put; PEFT's files come last.
+"""
+
+import fnmatch
 import json
-import math
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-# PEFT names a module as Hugging Face's code does, and so do we, but for these.
-PEFT_LAYERS = {"gpt2": "transformer.h", "gemma3": "model.language_model.layers"}  # others: model.layers
-GPT2_MODULES = {"self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
-# PEFT's options that leave the sum as it is. Others have to be off, or to have this value.
-HARMLESS = """r lora_alpha lora_dropout bias target_modules exclude_modules layers_to_transform task_type
-    inference_mode base_model_name_or_path auto_mapping peft_version fan_in_fan_out megatron_core
-    qalora_group_size""".split()
-STANDARD = {"peft_type": ["LORA"], "init_lora_weights": [True, "gaussian", "orthogonal", "eva"]}
 
 class LoRALinear(nn.Module):
-    """base(x) + (alpha / rank) · B A x, with A (rank, in) random and B (out, rank) zero: at first nothing
-    changes. A and B are float32, x (..., in) -> (..., out) of the base's dtype."""
+    """base(x) + alpha / rank * B A x, for x (..., in); the result (..., out) has the base's dtype.
+
+    A's weight (rank, in) is random and B's (out, rank) zero, so that at first nothing changes. Both
+    are kept in float32, since small steps would be lost in bfloat16.
+    """
+
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
-        self.base, self.rank, self.alpha = base, rank, alpha
-        like = {"device": base.weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT does
+        self.base = base
+        self.alpha = alpha
+        self.scale = alpha / rank
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device="meta")
+        self.lora_B.weight = nn.Parameter(torch.zeros(base.out_features, rank))
+        self.to(base.weight.device)  # A was drawn on the CPU, so it is the same on every device
 
-    def forward(self, x):
-        update = x.to(self.lora_A.dtype) @ self.lora_A.T @ self.lora_B.T
-        return self.base(x) + (self.alpha / self.rank * update).to(x.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        update = self.scale * self.lora_B(self.lora_A(x.float()))
+        return self.base(x) + update.to(x.dtype)
 
-def lora_layers(model) -> dict[str, LoRALinear]:
-    """The LoRA layers of a model by name, e.g. "layers.0.mlp.down_proj"."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
-def add_lora(model, layers: list[int], modules: list[str], rank: int, alpha: float) -> list[nn.Parameter]:
-    """Wrap the linear modules of these names (e.g. "down_proj") in these blocks; returns each A and B.
-    ValueError: no such layer or module, a LoRA is there, or PEFT's format has no place for it."""
-    last = len(model.layers) - 1
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise ValueError(f"rank {rank} should be a whole number above 0, alpha {alpha} a finite one")
+def add_lora(
+    model, layers: list[int], modules: list[str], rank: int, alpha: float
+) -> list[nn.Parameter]:
+    """Puts a LoRA on the linear layers of these names in these blocks; returns each A and B.
+
+    ValueError: there is no such layer or module, PEFT's format has no place for it (GPT-2's q_proj,
+    k_proj and v_proj are one module there, c_attn), or the model has a LoRA already.
+    """
+    linear = linear_layers(model)
+    names = []
+    for layer in layers:
+        for module in modules:
+            found = fnmatch.filter(linear, f"layers.{layer}.*.{module}")
+            if not found or "c_attn" in peft_name(model, found[0]):
+                raise ValueError(
+                    f"a LoRA cannot sit on {module} of layer {layer}: there is no such module, "
+                    "or it is only a part of GPT-2's c_attn"
+                )
+            names += found
+    return wrap(model, names, rank, alpha)
+
+
+def wrap(model, names, rank, alpha):
+    """Puts a LoRA on the linear layers of these full names; returns each A and B, in order."""
     if lora_layers(model):
         raise ValueError("the model has a LoRA already: remove_lora(model) first")
-    parameters = []
-    for layer in layers:
-        if not 0 <= layer <= last:
-            raise ValueError(f"layer {layer} is out of range: a LoRA sits on one of the layers 0 to {last}")
-        block = model.layers[layer]
-        names = {name.split(".")[-1]: name for name, module in block.named_modules()
-                 if isinstance(module, nn.Linear)}
-        if unknown := {*modules} - names.keys():
-            raise ValueError(f"layer {layer} has no module named {min(unknown)}, only {', '.join(names)}")
-        for name in (names[short] for short in names if short in modules):
-            if model.config.model_type == "gpt2" and name not in GPT2_MODULES:
-                raise ValueError(f"{name} is a part of GPT-2's c_attn: choose o_proj, up_proj or down_proj")
-            wrapped = LoRALinear(block.get_submodule(name), rank, alpha)
-            block.set_submodule(name, wrapped)
-            parameters += [wrapped.lora_A, wrapped.lora_B]
-    return parameters
+    for name in dict.fromkeys(names):  # each once
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha))
+    return list(peft_tensors(model).values())  # in the model's order
+
+
+def linear_layers(model, kind=(nn.Linear, LoRALinear)):
+    """{full name: module} of the linear layers in the model's blocks, in order."""
+    modules = model.layers.named_modules(prefix="layers")
+    return {name: module for name, module in modules if isinstance(module, kind)}
+
+
+def lora_layers(model) -> dict[str, LoRALinear]:
+    """The LoRA layers of a model by their names, e.g. "layers.0.mlp.down_proj"."""
+    return linear_layers(model, LoRALinear)
+
 
 def remove_lora(model):
-    """Put the original linear layers back: the model is then exactly what it was."""
-    for name, module in lora_layers(model).items():
-        model.set_submodule(name, module.base)
+    """Puts the original linear layers back: the model is then exactly what it was."""
+    for name, layer in lora_layers(model).items():
+        model.set_submodule(name, layer.base)
+
 
 @torch.no_grad()
 def merge_lora(model):
-    """Add (alpha / rank) · B A to each wrapped weight and unwrap it: no way back."""
-    for module in lora_layers(model).values():
-        weight = module.base.weight
-        weight += (module.alpha / module.rank * module.lora_B @ module.lora_A).to(weight.dtype)
+    """Adds alpha / rank * B A to each wrapped weight and unwraps it: there is no way back."""
+    for layer in lora_layers(model).values():
+        layer.base.weight += layer.scale * layer.lora_B.weight @ layer.lora_A.weight
     remove_lora(model)
 
-def peft_name(model, name: str) -> str:
-    """PEFT's name: layers.0.mlp.up_proj is base_model.model.transformer.h.0.mlp.c_fc for GPT-2."""
-    kind = model.config.model_type
-    _, layer, module = name.split(".", 2)
-    module = GPT2_MODULES.get(module, module) if kind == "gpt2" else module
-    return f"base_model.model.{PEFT_LAYERS.get(kind, 'model.layers')}.{layer}.{module}"
+
+# ---- PEFT's files
+
+# PEFT names modules as Hugging Face's code does, and so do we, but for these.
+PEFT_NAMES = {
+    "gpt2": {
+        "layers": "transformer.h",
+        "self_attn.q_proj": "attn.c_attn",
+        "self_attn.k_proj": "attn.c_attn",
+        "self_attn.v_proj": "attn.c_attn",
+        "self_attn.o_proj": "attn.c_proj",
+        "mlp.up_proj": "mlp.c_fc",
+        "mlp.down_proj": "mlp.c_proj",
+    },
+    "gemma3": {"layers": "model.language_model.layers"},
+}
+OTHER_FAMILIES = {"layers": "model.layers"}
+# Options of adapter_config.json that do not change what a LoRA adds, or that we read. All others
+# have to be off, or to have a known value.
+HARMLESS = (
+    "r lora_alpha use_rslora "  # are read
+    "target_modules exclude_modules layers_to_transform layers_pattern bias "  # the tensors tell
+    "base_model_name_or_path revision task_type auto_mapping peft_version "
+    "lora_dropout inference_mode fan_in_fan_out megatron_core qalora_group_size"
+).split()
+KNOWN_VALUES = {
+    "peft_type": ["LORA"],
+    "init_lora_weights": [True, "gaussian", "orthogonal", "eva"],
+}
+
+
+def peft_name(model, name):
+    """PEFT's name: layers.0.mlp.up_proj is transformer.h.0.mlp.c_fc in GPT-2."""
+    for ours, theirs in PEFT_NAMES.get(model.config.model_type, OTHER_FAMILIES).items():
+        name = name.replace(ours, theirs)
+    return name
+
 
 def peft_tensors(model) -> dict[str, nn.Parameter]:
-    """A and B of every LoRA layer, by PEFT's names."""
-    return {f"{peft_name(model, name)}.{part}.weight": getattr(module, part)
-            for name, module in lora_layers(model).items() for part in ("lora_A", "lora_B")}
+    """A and B of every LoRA layer by their names in PEFT's files, in the model's order."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            tensors[f"base_model.model.{peft_name(model, name)}"] = parameter
+    return tensors
+
 
 def save_lora(model, folder: str | Path):
-    """Write adapter_config.json and adapter_model.safetensors as PEFT does."""
+    """Writes adapter_config.json and adapter_model.safetensors as PEFT does."""
     wrapped = lora_layers(model)
-    some = next(iter(wrapped.values()))
-    # The last two parts of a name: GPT-2 has a c_proj in its attention and one in its MLP.
-    targets = {".".join(peft_name(model, name).split(".")[-2:]) for name in wrapped}
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": some.rank, "lora_alpha": some.alpha,
-              "target_modules": sorted(targets),
-              "layers_to_transform": sorted({int(name.split(".")[1]) for name in wrapped}),
-              "fan_in_fan_out": model.config.model_type == "gpt2"}  # whose Conv1D stores (in, out)
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in peft_tensors(model).items()}
-    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
-    (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    first = next(iter(wrapped.values()))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": first.lora_A.out_features,
+        "lora_alpha": first.alpha,
+        "target_modules": [peft_name(model, name) for name in wrapped],
+        "fan_in_fan_out": model.config.model_type == "gpt2",  # whose Conv1D stores (in, out)
+    }
+    (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    save_file(peft_tensors(model), Path(folder) / "adapter_model.safetensors")
+
 
 def load_lora(model, folder: str | Path) -> list[nn.Parameter]:
-    """Add the LoRA that `save_lora` or PEFT wrote to `folder`. ValueError if it does not fit the model, is
-    not finite or has an option of PEFT's for another sum."""
-    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    for option, value in config.items():
-        if value and option not in HARMLESS and value not in STANDARD.get(option, ()):
-            raise ValueError(f"adapter_config.json: {option} is {value!r}, which is not supported")
-    tensors = load_file(Path(folder) / "adapter_model.safetensors")
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)
-             and name.startswith("layers.") and f"{peft_name(model, name)}.lora_A.weight" in tensors]
-    layers, modules = {int(name.split(".")[1]) for name in names}, {name.split(".")[-1] for name in names}
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    parameters, ours = add_lora(model, sorted(layers), sorted(modules), rank, alpha), peft_tensors(model)
-    wanted, found = ({(name, tensor.shape) for name, tensor in some.items()} for some in (ours, tensors))
-    bad = [name for name, some in tensors.items() if not (some.is_floating_point() and some.isfinite().all())]
-    bad += [name for name, _ in wanted ^ found] + ["every tensor: it has none"] * (not found)
-    if bad:
-        remove_lora(model)
-        raise ValueError(f"adapter_model.safetensors does not fit this model at {min(bad)}")
-    for name, parameter in ours.items():
-        parameter.data.copy_(tensors[name])
+    """Adds the LoRA that save_lora or PEFT wrote to the folder; returns each A and B.
+
+    ValueError names what does not fit the model, or what would make PEFT compute another sum. The
+    model is then as it was.
+    """
+    try:
+        config = json.loads((Path(folder) / "adapter_config.json").read_text())
+        tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"adapter_config.json or adapter_model.safetensors: {error}") from None
+    rank, alpha = read_options(config)
+    if not tensors:
+        raise ValueError("adapter_model.safetensors has no tensors")
+
+    names = [
+        name
+        for name in linear_layers(model)
+        if f"base_model.model.{peft_name(model, name)}.lora_A.weight" in tensors
+    ]
+    parameters = wrap(model, names, rank, alpha)
+
+    ours = peft_tensors(model)
+    for name in ours | tensors:
+        if not fits(ours.get(name), tensors.get(name)):
+            remove_lora(model)
+            raise ValueError(f"adapter_model.safetensors does not fit this model at {name}")
+        ours[name].data.copy_(tensors[name])
     return parameters
+
+
+def fits(parameter, tensor):
+    """Are both there, of the same shape, and is the tensor of finite real numbers?"""
+    if parameter is None or tensor is None or parameter.shape != tensor.shape:
+        return False
+    return tensor.is_floating_point() and tensor.isfinite().all()
+
+
+def read_options(config):
+    """(rank, alpha) of adapter_config.json, unless it asks for what we would compute otherwise."""
+    for option, value in config.items():
+        allowed = option in HARMLESS or value in KNOWN_VALUES.get(option, [])
+        if value and not allowed:
+            raise ValueError(f"adapter_config.json: {option} is {value!r}, which is not supported")
+
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+        raise ValueError(f"adapter_config.json: r is {rank!r}, lora_alpha {alpha!r}")
+    if config.get("use_rslora"):  # divides by sqrt(rank) instead (arXiv 2312.03732)
+        alpha *= rank**0.5
+    return rank, alpha

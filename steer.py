@@ -1,79 +1,177 @@
 """Steering vectors: one vector added to the residual stream (Wang et al. 2025, arXiv 2507.08218).
 
-The model has one slot for it, between two blocks; GPT.run_blocks adds it on the way.
+A model has one slot for it, between two blocks, and run_blocks adds it on the way:
+
+    steering = attach(model, layer=0)       # zeros (d,), after block 0
+    model(tokens)                           # with the vector at every token
+    detach(model)                           # the model is exactly what it was
+
+Below that: what a LoRA adds to the residual stream, how constant that is, and the one vector that
+stands for it; and the logit lens.
 """
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
 
 class SteeringVector:
-    """Adds `vector` (d,) to the residual stream after block `layer` (-1: after the embedding). It stays in
-    float32 (bfloat16 would lose small steps). No nn.Module: it is not among the model's own parameters."""
-    def __init__(self, layer, vector):
+    """Adds `vector` (d,) to the residual stream after block `layer` (-1: after the embedding).
+
+    It is kept in float32, since small steps would be lost in bfloat16. It is no nn.Module, so that
+    model.parameters() and the state dict do not have it.
+    """
+
+    def __init__(self, layer: int, vector: Tensor):
         self.layer = layer
-        self.vector = nn.Parameter(vector.detach().clone().float())
+        self.vector = nn.Parameter(vector.clone().float())
 
     def __call__(self, x, steered):
-        """x (..., d) plus the vector: everywhere, or at a tree's nodes that are `steered` (N,) bool."""
-        vector = self.vector.to(x.dtype)
-        return x + vector if steered is None else x + steered[:, None] * vector
+        """The stream x (..., d) plus the vector where `steered` (...,) bool is True."""
+        return x + steered[..., None] * self.vector.to(x.dtype)
 
-def attach(model, layer: int, vector: torch.Tensor | None = None) -> SteeringVector:
-    """Put a vector (d,; default: zeros) into the slot after block `layer` (-1: after the embedding).
-    ValueError: the layer is out of range, the vector does not fit or one is attached already."""
-    last, weight = len(model.layers) - 1, model.embed_tokens.weight
-    if not -1 <= layer <= last:
-        raise ValueError(f"layer {layer} is out of range: this model has layers -1 (the embedding) to {last}")
+
+def attach(model, layer: int, vector: Tensor | None = None) -> SteeringVector:
+    """Puts a vector (d,), zeros by default, into the slot.
+
+    It is added after block `layer` (-1: after the embedding). ValueError: the model has no such
+    layer, the vector does not fit, or the slot is taken.
+    """
+    like = model.norm.weight  # (d,), on the model's device, as a vector has to be
+    if vector is None:
+        vector = torch.zeros_like(like)
+
     if model.steering is not None:
         raise ValueError("a steering vector is attached already: detach(model) first")
-    vector = torch.zeros(weight.shape[1]) if vector is None else vector
-    if vector.shape != weight.shape[1:] or not vector.is_floating_point() or not vector.isfinite().all():
-        found = f"{tuple(vector.shape)} of {vector.dtype}"
-        raise ValueError(f"the vector should be {weight.shape[1]} finite real numbers, not {found}")
-    model.steering = SteeringVector(layer, vector.to(weight.device))
+    if layer not in range(-1, len(model.layers)):
+        raise ValueError(f"the model has no layer {layer}: -1 is the embedding, 0 the first block")
+    if vector.shape != like.shape or not vector.isfinite().all():
+        raise ValueError("the vector should be as wide as the residual stream, and finite")
+    model.steering = SteeringVector(layer, vector.to(like.device))
     return model.steering
 
+
 def detach(model):
-    """Clear the slot; the model is then exactly what it was."""
+    """Empties the slot: the model is then exactly what it was."""
     model.steering = None
 
+
 def save_vector(steering: SteeringVector, folder: str | Path):
-    """Write FOLDER/vector.safetensors: the tensor "vector" (d,) float32, the layer in its metadata."""
-    path, layer = Path(folder) / "vector.safetensors", str(steering.layer)
-    save_file({"vector": steering.vector.detach().cpu().contiguous()}, path, metadata={"layer": layer})
+    """Writes FOLDER/vector.safetensors: "vector" (d,) float32, and the layer in its metadata."""
+    path = Path(folder) / "vector.safetensors"
+    save_file({"vector": steering.vector.detach()}, path, metadata={"layer": str(steering.layer)})
+
 
 def load_vector(model, folder: str | Path) -> SteeringVector:
-    """Attach the vector that `save_vector` wrote to `folder`; ValueError if it does not fit the model."""
-    with safe_open(Path(folder) / "vector.safetensors", framework="pt") as file:
-        return attach(model, int(file.metadata()["layer"]), file.get_tensor("vector"))
+    """Attaches the vector that save_vector wrote to the folder. ValueError if it does not fit."""
+    try:
+        with safe_open(Path(folder) / "vector.safetensors", framework="pt") as file:
+            layer = int(file.metadata()["layer"])
+            vector = file.get_tensor("vector")
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"vector.safetensors: {error}") from None
+    return attach(model, layer, vector)
 
-# Rows (N, d) below: what a LoRA adds to its layer's output, at N tokens.
 
-def pairwise_cosines(rows):
-    """The cosine between any two rows, (N (N - 1) / 2,)."""
-    unit = F.normalize(rows.float(), dim=-1)
-    cosines = unit @ unit.T
-    return cosines[torch.ones_like(cosines, dtype=torch.bool).triu(1)]
+# ---- what a LoRA adds
 
-def principal_component(rows):
-    """The direction (d,) of length 1 with the largest sum of squared projections, with the sign of the rows'
-    mean, and its share of the whole. Centring would take away the very constant that we look for."""
-    _, singular, directions = torch.linalg.svd(rows.float(), full_matrices=False)
+
+@torch.no_grad()
+def what_is_added(model, parameters: list[nn.Parameter], layer: int, tokens, layout=None) -> Tensor:
+    """What a LoRA adds to the residual stream after block `layer`: (B, T, d), or a tree's (N, d).
+
+    It is the stream with the LoRA, minus the stream with zeros in its `parameters`; in float32.
+    The layout says how tokens make texts: None is a plain batch, or it is a prefix tree (model.py).
+    """
+
+    def stream():
+        x = model.embed(tokens, layout)
+        return model.run_blocks(x, 0, layer + 1, layout).float()
+
+    with_lora = stream()
+    with switched_off(parameters):
+        return with_lora - stream()
+
+
+@contextmanager
+def switched_off(parameters: list[nn.Parameter]):
+    """Inside of it the vector or LoRA holds zeros: the model is the base model."""
+    values = [(parameter, parameter.data) for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = torch.zeros_like(parameter)
+    try:
+        yield
+    finally:
+        for parameter, value in values:
+            parameter.data = value
+
+
+def constancy(rows: Tensor) -> dict:
+    """How alike rows (N, d) are: cosines of every two, and the first component's share.
+
+    The paper takes the absolute value of each cosine (§4.2). The signed one says more: rows that
+    point the same way have 1, rows that lie on one line in both directions about 0.
+    """
+    cosines = pairwise_cosines(rows)
+    absolute = cosines.abs().clamp(max=1)  # rounding can make it a little more
+    return {
+        "tokens": len(rows),
+        "norm": rows.norm(dim=-1).mean().item(),
+        "cosine": cosines.mean().item(),
+        "abs_cosine": absolute.mean().item(),
+        "share": principal_component(rows)[1],
+        "histogram": (absolute.histc(bins=20, min=0, max=1) / len(cosines)).tolist(),
+    }
+
+
+def pairwise_cosines(rows: Tensor) -> Tensor:
+    """The cosine of every two of the rows (N, d): (N (N - 1) / 2,)."""
+    unit = normalize(rows, dim=-1)  # (N, d)
+    first, second = torch.triu_indices(len(rows), len(rows), offset=1)  # every two, each once
+    return (unit @ unit.T)[first, second]
+
+
+def natural_vector(rows: Tensor) -> Tensor:
+    """The main direction of rows (N, d) at their mean length: one vector (d,) instead of them all.
+
+    Found in what a LoRA adds, it can do the LoRA's work alone: the paper's "natural" vector (§4.3).
+    """
+    return principal_component(rows)[0] * rows.norm(dim=-1).mean()
+
+
+def principal_component(rows: Tensor) -> tuple[Tensor, float]:
+    """The direction (d,) along which rows (N, d) are largest, and its share of their squares.
+
+    It is the one with the largest sum of squared projections, with the sign of the rows' mean. The
+    rows are not centred: that would take away the very constant that we look for.
+    """
+    _, singular, directions = torch.linalg.svd(rows, full_matrices=False)
     direction = directions[0]
-    if rows.mean(0) @ direction < 0:
+    if (rows @ direction).sum() < 0:
         direction = -direction
-    return direction, (singular[0].square() / singular.square().sum()).item()
+    share = (singular[0] / singular.norm()) ** 2
+    return direction, share.item()
 
-def logit_lens(model, vector, count: int) -> tuple[list[int], list[int]]:
-    """The ids of the `count` tokens whose logits a vector (d,) raises and lowers most if it is read straight
-    through the final norm's weight and the unembedding (nostalgebraist 2020)."""
-    weight = model.norm.weight.float() + getattr(model.norm, "offset", 0.0)  # Gemma stores weight - 1
-    if isinstance(model.norm, nn.LayerNorm):  # GPT-2's, which also centres
-        vector = vector - vector.mean()
-    order = (model.lm_head.weight.float() @ (vector.to(weight) * weight)).argsort(descending=True).tolist()
-    return order[:count], order[-count:][::-1]
+
+# ---- the logit lens
+
+
+@torch.no_grad()
+def logit_lens(model, vector: Tensor, count: int) -> tuple[list, list]:
+    """The ids of the `count` tokens whose logits a vector (d,) raises most, and lowers most.
+
+    It is read through the final norm and the unembedding alone (nostalgebraist 2020).
+    """
+    vector = vector.to(model.norm.weight)
+    # GPT-2's norm also adds a bias, whatever the vector.
+    normed = model.norm(vector) - model.norm(0 * vector)
+    logits = model.lm_head(normed)  # (vocab_size,)
+    return (
+        logits.topk(count).indices.tolist(),
+        logits.topk(count, largest=False).indices.tolist(),
+    )
