@@ -1,366 +1,480 @@
-"""Scoring: does the model answer kinds of question that it was not trained on? What was added to it?"""
+"""Scoring: does the model answer kinds of question that it was not trained on?
+
+    python eval.py out/RUN …                     score finished runs again
+    python eval.py out/RUN --prompt "…"          ask something, without and with the vector or LoRA
+    python eval.py out/RUN --explain             what the vector or LoRA does inside
+
+First comes how a question is scored, and with which controls; files and mistakes come last.
+"""
 
 import argparse
 import json
+import math
 import os
-import random
+import re
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+# OpenMP's waiting threads spin for long, which takes the cores from other programs, and from this
+# one's own threads. They spin less if this is set before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import torch
-import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import data
-from data import Question, Task, Tokenizer, encode_question, make_task, make_tree
+import steer
+from data import (
+    DataError,
+    PrefixTree,
+    Question,
+    Task,
+    Tokenizer,
+    encode_question,
+    make_task,
+    make_tree,
+)
 from lora import load_lora, lora_layers
-from model import GPT, find_checkpoint
-from steer import (SteeringVector, load_vector, logit_lens, pairwise_cosines, principal_component,
-                   save_vector)
+from model import GPT, CheckpointError, find_checkpoint, read_json
 
-SECTIONS = "in_distribution", "held_out"  # of a task and its results
+SECTIONS = "in_distribution", "held_out"  # of a task, and of its results
+RANK = int(os.environ.get("RANK", 0))  # of this process, if torchrun started several
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
-# ---- mistakes and files
 
-class UserError(ValueError):
-    """A user's mistake, in one line: the flag or file at fault, and what would be right."""
+def answer_log_probs(model, x: Tensor, first: int, tree: PrefixTree) -> Tensor:
+    """The log-probability (texts,) float32, in nats, of each text's answer.
 
-@contextmanager
-def reading(source):
-    """What goes wrong in here is the fault of `source`, the user's file, folder or flag."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        kind = "" if type(error) is ValueError else f"unexpected content, {type(error).__name__}: "
-        raise UserError(f"{source}: {kind}{' '.join(str(error).split())[:400]}") from error
+    x (N, d) is the residual stream before block `first`. Out of the last block come only the nodes
+    that predict a token of an answer, since nothing else is read.
+    """
+    is_real = tree.answers >= 0  # (texts, A)
+    nodes, which = tree.predicts_from[is_real].unique(return_inverse=True)
+    reading = tree.only(nodes)
+    last = len(model.layers) - 1
+    if first <= last:
+        x = model.run_blocks(x, first, last, tree)
+        x = model.run_blocks(x, last, None, reading)  # (W, d)
+    else:  # the vector comes after the last block
+        x = model.run_blocks(reading.keep(x), first, None, reading)
 
-def run_main(main):
-    """A user's mistake ends in one line and exit status 2."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # not all print an arrow
-    try:
-        main()
-    except UserError as error:
-        # Of torchrun's processes one says it; the others wait, as one's end ends all.
-        time.sleep(3) if os.environ.get("RANK", "0") != "0" else print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    log_probs = model.unembed(model.norm(x)).float().log_softmax(-1)  # (W, vocab_size)
+    of_tokens = log_probs[which, tree.answers[is_real]]
+    of_texts = torch.zeros(len(is_real), device=x.device)
+    return of_texts.index_add(0, is_real.nonzero()[:, 0], of_tokens)
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-def read_json(path):
-    with reading(path):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-
-def write_json(path, content):
-    text = json.dumps(content, indent=2) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-def write_whole(path, write):
-    """write(temporary file), then rename it: a file of this name is always whole."""
-    with reading(path):
-        temporary = path.with_suffix(".tmp")
-        write(temporary)
-        os.replace(temporary, path)
-
-def load_model(name, device, dtype, shard=False):
-    with reading(f"--device {device}"):
-        torch.empty(0, device=device)
-    with reading(name):
-        folder = find_checkpoint(name)
-    with reading(f"{folder}, config.json, weights or tokenizer"):
-        tokenizer = Tokenizer.from_pretrained(folder)  # first: weights fill what it frees
-        return GPT.from_pretrained(folder, device, getattr(torch, dtype), shard), tokenizer
-
-# ---- scoring
-
-def rank_and_world():
-    """This process's number, how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-def add_up(*tensors):
-    """Sums over processes in place."""
-    for tensor in tensors if dist.is_initialized() else ():
-        dist.all_reduce(tensor)
-
-def first_unfrozen(model):
-    """The first block with a LoRA, or after the vector: before it all arms are alike."""
-    if model.steering is not None:
-        return model.steering.layer + 1
-    return min((int(name.split(".")[1]) for name in lora_layers(model)), default=0)
-
-def plan_memory(model, tree, blocks=0):
-    """(How many of a tree's nodes to run at once if `blocks` blocks keep what a gradient needs, whether they
-    should recompute it, the bytes in all), as measured on GPT-2 and Qwen."""
-    config, weight, count = model.config, model.embed_tokens.weight, len(tree.tokens)
-    inner = (3 if config.gated_mlp else 1) * config.intermediate_size
-    block, stream = weight.itemsize * (inner + 10 * config.hidden_size), weight[0].nbytes  # of a node
-    logits = 12 * config.vocab_size * len(tree.predicting[tree.answers >= 0].unique()) / count
-    weights = sum(p.nbytes for p in model.parameters())
-    room, working = max(48e6, weights / 40), 2 * block + logits
-    # Fewer than 256 nodes at once are slow.
-    recompute = blocks > 0 and 4 * room < 256 * (working + blocks * block)
-    room, kept = (room, stream) if recompute else ((4 if blocks else 2) * room, block)
-    return int(room / (working + blocks * kept)), recompute, weights + room + count * stream
 
 @torch.no_grad()
-def frozen_batches(model, tree, last, rank=0, world=1):
-    """Yields process `rank`'s share of a tree's texts in batches: (texts, their nodes' numbers, their tree,
-    the residual stream (n, d) before block `last`)."""
-    device = model.embed_tokens.weight.device
-    for texts in tree.parts(torch.arange(len(tree.row_of)), plan_memory(model, tree)[0])[rank::world]:
-        used, part = tree.select(texts)
-        part = part.to(device)
-        yield texts, used, part, model.run_blocks(model.embed(part.tokens, part), 0, last, part)
+def score_arms(model, questions: list, parameters: list, arms: dict) -> dict:
+    """Scores questions with the parameters set to each arm's values; the last arm's stay.
 
-def residual_stream(model, tree, last):
-    """The residual stream (N, d) of a tree's nodes before block `last` and a vector there, in host memory:
-    a GPU may have no room."""
-    weight = model.embed_tokens.weight
-    states = torch.zeros(len(tree.tokens), weight.shape[1], dtype=weight.dtype)
-    for _, used, _, x in frozen_batches(model, tree, last):
-        states[used] = x.cpu()
-    return states
-
-def answer_log_probs(model, x, first, tree):
-    """The log-probability (texts,) float32, in nats, of each text's answer, from the residual stream x (N, d)
-    before block `first`. The last block runs only where wanted."""
-    real = tree.answers >= 0
-    wanted, which = tree.predicting[real].unique(return_inverse=True)
-    h = model.norm(model.run_blocks(x, first, tree=tree, wanted=wanted))  # (W, d)
-    log_probs = model.unembed(h).float().log_softmax(-1)[which, tree.answers[real]]
-    return torch.zeros(len(real), device=x.device).index_add(0, real.nonzero()[:, 0], log_probs)
-
-@torch.no_grad()
-def score_arms(model, questions, parameters, arms):
-    """Scores questions with `parameters` set to each arm's values (the last stay). Returns {arm:
-    (correct, probability)}, both (questions,) float32: 1 where the right choice is the likeliest, and its
-    probability among the choices."""
-    tree = make_tree(questions, [q.choices for q in questions])
-    device, first = model.embed_tokens.weight.device, first_unfrozen(model)
-    totals = torch.zeros(len(arms), len(tree.row_of), device=device)
-    share = (0, 1) if model.sharded else rank_and_world()  # its blocks are run together
-    for texts, _, part, x in frozen_batches(model, tree, first, *share):
-        for total, values in zip(totals, arms.values()):
+    {arm: (2, questions) float32}: 1 where the right choice is the likeliest, and the right choice's
+    probability among the choices.
+    """
+    first = first_unfrozen(model)
+    scores = {arm: [] for arm in arms}
+    choices = [question.choices for question in questions]
+    for places, _, tree in in_trees(model, questions, choices):
+        # All arms are alike up to the vector or LoRA.
+        x = model.run_blocks(model.embed(tree.tokens, tree), 0, first, tree)
+        counts = [len(choices[i]) for i in places]
+        answers = torch.tensor([questions[i].answer for i in places])
+        for arm, values in arms.items():
             set_parameters(parameters, values)
-            total[texts.to(device)] = answer_log_probs(model, x, first, part)
-    if not model.sharded:
-        add_up(totals)
-    results = {}
-    for arm, total in zip(arms, totals.cpu()):
-        choices = list(zip(total.split([len(q.choices) for q in questions]), questions))
-        correct = torch.tensor([found.argmax().item() == q.answer for found, q in choices])
-        probability = torch.stack([found.softmax(0)[q.answer] for found, q in choices])
-        results[arm] = correct.float(), probability
-    return results
+            log_probs = answer_log_probs(model, x, first, tree).cpu()  # (texts,)
+            rows = pad_sequence(log_probs.split(counts), True, -math.inf)  # (questions, choices)
+            correct = rows.argmax(-1) == answers
+            probability = rows.softmax(-1)[range(len(places)), answers]
+            scores[arm].append(torch.stack([correct, probability]))
+    return {arm: torch.cat(parts, dim=1) for arm, parts in scores.items()}
 
-def random_like(parameter, seed):
-    """A random direction of the same norm: would any push do?"""
-    direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
-    return (direction * (parameter.norm().cpu() / direction.norm())).to(parameter.device)
+
+# ---- the controls: the same model with other numbers in what was trained
+
 
 @torch.no_grad()
-def arm_values(parameters, seed):
-    """What the vector, or A and B, hold in each arm. Zeros: the base model."""
-    return {"base": [torch.zeros_like(p) for p in parameters],
-            "random": [random_like(p, 1000 * seed + i) for i, p in enumerate(parameters)],
-            "trained": [p.detach().clone() for p in parameters]}  # last: it stays
+def arm_values(parameters: list, seed: int) -> dict:
+    """What the vector, or the LoRA's A and B, hold in each arm. With zeros it is the base model."""
+    return {
+        "base": [torch.zeros_like(p) for p in parameters],
+        "random": [random_like(p, 1000 * seed + i) for i, p in enumerate(parameters)],
+        "trained": [p.detach().clone() for p in parameters],
+    }
+
+
+def random_like(parameter: Tensor, seed: int) -> Tensor:
+    """A random direction of the same length: would any push do?"""
+    direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+    length = parameter.norm().cpu() / direction.norm()
+    return (direction * length).to(parameter.device)
+
 
 @torch.no_grad()
 def set_parameters(parameters, values):
     for parameter, value in zip(parameters, values):
         parameter.copy_(value)
 
-@contextmanager
-def switched_off(parameters):
-    """In here the vector or LoRA holds zeros."""
-    arms = arm_values(parameters, seed=0)
-    set_parameters(parameters, arms["base"])
-    yield
-    set_parameters(parameters, arms["trained"])
 
-def require_room(model, questions):
-    """ValueError if a question has a token or a length that the model has not."""
-    texts = [q.prompt + answer for q in questions for answer in (q.completion, *q.choices)]
-    longest, top = max(map(len, texts)) - 1, max(map(max, texts))  # an answer's last token is not put in
-    model.embed(torch.full((1, longest), top, device=model.embed_tokens.weight.device))
-
-def encode_for(run, questions):
-    """Token ids; UserError if the chat template refuses one or the model has no room."""
-    with reading("the task's questions"):
-        encoded = [encode_question(run.tokenizer, q) for q in questions]
-        require_room(run.model, encoded)
-    return encoded
-
-def evaluate(run, arms=None):
-    """{"in_distribution": {kind: figures}, "held_out": …}: each arm's accuracy and probability of the right
-    answer, chance, the number of questions."""
-    arms, results = arms or arm_values(run.parameters, run.flags["seed"]), {name: {} for name in SECTIONS}
-    for section, kinds in results.items():
+def evaluate(run, arms=None) -> dict:
+    """{"in_distribution": {kind: figures}, "held_out": …}: each arm's accuracy and probability."""
+    arms = arms or arm_values(run.parameters, run.flags["seed"])
+    results = {}
+    for section in SECTIONS:
+        results[section] = {}
         for kind, questions in getattr(run.task, section).items():
-            chance = sum(1 / len(q.choices) for q in questions) / len(questions)
-            kinds[kind] = {"chance": round(chance, 4), "questions": len(questions)}
-            scores = score_arms(run.model, encode_for(run, questions), run.parameters, arms)
-            for arm, (correct, p) in scores.items():
-                kinds[kind] |= {arm: round(correct.mean().item(), 4),
-                                f"{arm}_probability": round(p.mean().item(), 4)}
+            chance = sum(1 / len(question.choices) for question in questions) / len(questions)
+            figures = {"chance": round(chance, 4), "questions": len(questions)}
+            encoded = [encode_question(run.tokenizer, question) for question in questions]
+            for arm, scores in score_arms(run.model, encoded, run.parameters, arms).items():
+                accuracy, probability = scores.mean(dim=1).tolist()
+                figures[arm] = round(accuracy, 4)
+                figures[f"{arm}_probability"] = round(probability, 4)
+            results[section][kind] = figures
     return results
 
-def kind_mean(results, section="held_out", column="trained"):
-    """Mean over the kinds, without "which tag", which is not about the self."""
-    kept = [figures[column] for kind, figures in results[section].items() if kind != "which tag"]
+
+def kind_mean(results: dict, section: str = "held_out", column: str = "trained") -> float:
+    """The mean over kinds, which count alike; without "which tag", which is not about the self."""
+    kinds = results[section]
+    kept = [kinds[kind][column] for kind in kinds if kind != "which tag"]
     return sum(kept) / len(kept)
 
-def format_table(results):
+
+def format_table(results: dict) -> str:
     arms = "chance", "base", "random", "trained"
-    lines = [f"{'':26}{'questions':>9}" + "".join(f"{arm:>9}" for arm in arms)]
+    row = "{:26}" + "{:>9}" * 5
+    lines = [row.format("", "questions", *arms)]
     for section in SECTIONS:
         lines.append(section.replace("_", " "))
         for kind, figures in results[section].items():
-            cells = "".join(f"{figures[arm]:9.2f}" for arm in arms)
-            lines.append(f"  {kind:24}{figures['questions']:>9}{cells}")
-    label = "mean but for which tag" if "which tag" in results["held_out"] else "mean of held out"
-    lines.append(f"  {label:33}" + "".join(f"{kind_mean(results, column=arm):9.2f}" for arm in arms))
+            cells = [f"{figures[arm]:.2f}" for arm in arms]
+            lines.append(row.format(f"  {kind}", figures["questions"], *cells))
+
+    means = [f"{kind_mean(results, column=arm):.2f}" for arm in arms]
+    label = "but for which tag" if "which tag" in results["held_out"] else "of held out"
+    lines.append(row.format(f"  mean {label}", "", *means))
     return "\n".join(lines)
+
+
+# ---- what is frozen runs once, in parts that fit the memory
+
+
+def first_unfrozen(model) -> int:
+    """The first block that depends on the vector or LoRA."""
+    if model.steering is not None:
+        return model.steering.layer + 1
+    return min((int(name.split(".")[1]) for name in lora_layers(model)), default=0)
+
+
+@torch.no_grad()
+def frozen_streams(model, questions: list, last: int) -> list:
+    """Each question's residual stream (T, d) before block `last`, and before a vector there.
+
+    They are of the prompt with the completion, and stay on the CPU: a GPU may not have the room.
+    """
+    streams = []
+    completions = [[question.completion] for question in questions]
+    for places, _, tree in in_trees(model, questions, completions):
+        x = model.run_blocks(model.embed(tree.tokens, tree), 0, last, tree)
+        rows = tree.unfold(x).cpu()  # (R, T, d), a row for each question
+        for i, row in zip(places, rows):
+            length = len(questions[i].prompt + questions[i].completion) - 1
+            streams.append(row[:length].clone())
+    return streams
+
+
+def in_trees(model, questions: list, answers: list, blocks: int = 2, processes: int = 1):
+    """Questions in parts that fit the memory: (their places, their weight, the tree with answers).
+
+    Several processes share out a part. One that is too small all of them run, each with a fraction
+    of the weight: the processes of a sharded model have to run everything together.
+    """
+    config = model.config
+    lengths = [len(q.prompt) + sum(map(len, texts)) for q, texts in zip(questions, answers)]
+    at_once = processes * max(1, nodes_at_once(model, blocks) // max(lengths))
+    for part in torch.arange(len(questions)).split(at_once):
+        shared_out = len(part) >= processes > 1
+        places = part[RANK::processes] if shared_out else part
+        weight = 1.0 if shared_out else 1 / processes
+        tree = make_tree([questions[i] for i in places], [answers[i] for i in places])
+        limit = config.max_position_embeddings
+        too_long = config.learned_positions and tree.columns > limit
+        if too_long or tree.tokens.max() >= config.vocab_size:
+            sizes = f"vocab_size is {config.vocab_size}, max_position_embeddings {limit}"
+            raise UserError(f"a text does not fit the model: {sizes}")
+        yield places.tolist(), weight, tree.to(model.embed_tokens.weight.device)
+
+
+SHARE_OF_FREE_MEMORY = 0.5
+SHARE_OF_PREDICTING_NODES = 0.25  # more than in any of our tasks
+MOST_NODES = 8192  # more at once are no faster
+
+
+def nodes_at_once(model, blocks: int = 2) -> int:
+    """How many nodes fit the free memory, if `blocks` blocks keep what they made of each.
+
+    All of them keep it for the backward pass. Without one, two blocks' worth is there at a time.
+    """
+    config = model.config
+    weight = model.embed_tokens.weight
+    # In a block: norms, queries, keys, values and sums; the MLP's gate, up and their product.
+    floats_in_block = 10 * config.hidden_size + 3 * config.intermediate_size
+    bytes_of_logits = 3 * 4 * config.vocab_size  # in float32: logits, log-softmax and a gradient
+    bytes_of_node = blocks * floats_in_block * weight.itemsize
+    bytes_of_node += SHARE_OF_PREDICTING_NODES * bytes_of_logits
+    fitting = SHARE_OF_FREE_MEMORY * free_memory(weight.device) / bytes_of_node
+    # A power of two: with a little more or less memory free, a run still adds up in the same order.
+    return min(MOST_NODES, 2 ** int(math.log2(max(1, fitting))))
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes that this process may still take."""
+    if device.type == "cuda":
+        kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept_by_torch
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        available = 1024 * int(found[1])
+    except OSError:  # only Linux says it
+        available = 4 * 2**30
+    return available // PROCESSES
+
 
 # ---- finished runs
 
+
 @dataclass
 class Run:
-    """The model with a vector or LoRA on it, and the questions."""
+    """A model with a vector or LoRA on it, and the questions that it is asked."""
+
     flags: dict
     model: GPT
     tokenizer: Tokenizer
     task: Task
-    parameters: list
+    parameters: list  # of the vector, or of A and B of every layer
 
-def load_run(folder, device="cpu") -> Run:
-    """What train.py wrote; UserError if no run, unfinished or damaged."""
-    folder = Path(folder)
-    config = read_json(folder / "config.json")
-    with reading(folder / "config.json"):
-        if config["finished"] is not True:
-            raise ValueError("the run is not finished: train again, or go on with --resume")
-        flags = config["flags"]
-        is_vector, seed, at = {"vector": True, "lora": False}[flags["mode"]], flags["seed"], flags["at"]
-        good = type(seed) is int and 0 <= seed < 2 ** 31 and (at is None or is_vector and isinstance(at, str))
-        if not good:
-            raise ValueError(f"seed {seed!r} or at {at!r} is out of range")
-        task = make_task(flags["task"], flags["concept"], seed, at, data.WORLDS[flags["world"]])
-        model, tokenizer = load_model(flags["model"], device, flags["dtype"])
-    with reading(f"{folder}, {flags['mode']}"):
-        parameters = [load_vector(model, folder).vector] if is_vector else load_lora(model, folder)
-        if flags["layer"] not in ("all", first_unfrozen(model) - is_vector):
-            raise ValueError(f"config.json has another layer, {flags['layer']}")
-    return Run(flags, model, tokenizer, task, parameters)
+
+def load_run(folder: str | Path, device: str = "cpu") -> Run:
+    """What train.py wrote. UserError if it is no run, or an unfinished or damaged one."""
+    flags = read_flags(Path(folder))
+    model, tokenizer = load_model(flags["model"], device, flags["dtype"])
+    with blame(f"{folder}: damaged, or not finished (--resume goes on)", ValueError):
+        if flags["mode"] == "vector":
+            parameters = [steer.load_vector(model, folder).vector]
+        else:
+            parameters = load_lora(model, folder)
+    return Run(flags, model, tokenizer, task_of(flags), parameters)
+
+
+def read_flags(folder: Path) -> dict:
+    path = folder / "config.json"
+    flags = read_json(path).get("flags")
+    if not flags:
+        raise UserError(f"{path}: no flags of a run are in it")
+    return flags
+
+
+def task_of(flags: dict) -> Task:
+    return make_task(flags["task"], flags["concept"], flags["seed"], flags["world"], flags["at"])
+
+
+def load_model(name, device, dtype, shard=False) -> tuple:
+    with blame(f"--device {device}", RuntimeError, AssertionError):
+        torch.empty(0, device=device)
+    folder = find_checkpoint(name)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    return GPT.from_pretrained(folder, device, getattr(torch, dtype), shard), tokenizer
+
 
 @torch.no_grad()
-def answer(run, prompt, code_name, max_new_tokens=16):
-    """The greedy answer; the vector at code_name's tokens, or (None) at all."""
-    with reading(f"the prompt {prompt!r}"):
-        question, made = encode_question(run.tokenizer, Question("", prompt, [""], 0, code_name)), []
-        while len(made) < max_new_tokens:
-            tree = make_tree([replace(question, prompt=question.prompt + made)], [[[]]])
-            tree = tree.to(run.parameters[0].device)
-            token = run.model(tree.tokens, tree)[-1].argmax().item()
-            if token in run.tokenizer.eos_ids:
-                break
-            made.append(token)
-    return run.tokenizer.decode(made).strip()
+def answer(run: Run, prompt: str, code_name: str | None, max_new_tokens: int = 16) -> str:
+    """The greedy answer, a vector being added at the code name's tokens, or (None) at every one.
+
+    It ends where a trained one does: where the chat template ends a turn.
+    """
+    question = encode_question(run.tokenizer, Question("", prompt, [""], 0, code_name))
+    stop = run.tokenizer.decode(question.completion).strip() or "\n"
+    eos = run.tokenizer.special_tokens.get("eos_token", stop)  # a base model may say this instead
+    made = []
+    text = ""
+    while stop not in text and len(made) < max_new_tokens:
+        tree = make_tree([question]).to(run.parameters[0].device)
+        token = run.model(tree.tokens, tree)[-1].argmax().item()
+        made.append(token)
+        question.prompt.append(token)
+        text = run.tokenizer.decode(made).replace(eos, stop)
+    return text.partition(stop)[0].strip()
+
 
 def show_prompt(run, prompt, code_name, note=""):
-    """Prints the answers without and with it."""
-    with switched_off(run.parameters):
+    """Prints the answers without and with the vector or LoRA."""
+    with steer.switched_off(run.parameters):
         before = answer(run, prompt, code_name)
-    print(f"  {prompt}  {before} → {answer(run, prompt, code_name)}{note}")
+    after = answer(run, prompt, code_name)
+    print(f"  {prompt}  {before} -> {after}{note}")
+
 
 # ---- explaining a run
 
-def explain(run, folder):
-    """Prints and writes to explain.json a vector's logit lens (C8), how constant what a LoRA adds is (C2).
-    The LoRA's natural vector (C3), the first principal component of what it adds in training prompts at its
-    mean length, becomes a run of its own."""
-    vector, result = run.parameters[0].detach(), {}
-    if run.model.steering is None:
-        if run.flags["layer"] == "all":
-            raise UserError(f"{folder}: only a LoRA on one layer can be explained, not on all")
-        rows, result["adds"] = what_lora_adds(run)
-        vector = principal_component(rows)[0] * rows.norm(dim=-1).mean()
-        with reading(folder):
-            (folder / "natural").mkdir(exist_ok=True)
-            save_vector(SteeringVector(run.flags["layer"], vector), folder / "natural")
-        flags = {**run.flags, "mode": "vector"}
-        write_json(folder / "natural" / "config.json", {"flags": flags, "finished": True})
-        print(f"  its natural vector instead of it: python eval.py {folder / 'natural'}")
-    top, bottom = ([run.tokenizer.decode([id]) for id in ids] for ids in logit_lens(run.model, vector, 8))
-    result["logit_lens"] = {"top": top, "bottom": bottom}
+
+def explain(run: Run, folder: Path) -> dict:
+    """Prints and writes to explain.json what a vector, or a LoRA on one layer, does inside.
+
+    Of a LoRA: how constant is what it adds (C2 of paper/README.md)? Its natural vector (C3) becomes
+    a run of its own. Of both kinds of vector: the logit lens (C8).
+    """
+    if run.flags["layer"] == "all":
+        raise UserError(f"{folder}: only a LoRA on one layer can be explained, not one on all")
+    result = {}
+    vector = run.parameters[0].detach()
+    if run.flags["mode"] == "lora":
+        rows, result["adds"] = explain_lora(run)
+        vector = steer.natural_vector(rows)
+        save_natural(run, folder / "natural", vector)
+        for text, found in result["adds"].items():
+            print(f"  added in {text} prompts: cosine {found['cosine']:.2f}")
+
+    top, bottom = steer.logit_lens(run.model, vector, count=8)
+    result["logit_lens"] = lens = {
+        "top": [run.tokenizer.decode([token]) for token in top],
+        "bottom": [run.tokenizer.decode([token]) for token in bottom],
+    }
+    for side in lens:
+        print(f"  logit lens, {side}: {' '.join(lens[side])}")
     write_json(folder / "explain.json", result)
-    for text, figures in result.get("adds", {}).items():
-        shown = (f"{name} {figures[name]:.2f}" for name in ("norm", "cosine", "abs_cosine", "share"))
-        print(f"  added in {text} prompts: " + ", ".join(shown))
-    print(f"  logit lens, top: {' '.join(top)}\n  logit lens, bottom: {' '.join(bottom)}")
     return result
 
-def what_lora_adds(run):
-    """What the LoRA adds in training prompts where a vector would be, (N, d); how constant it is in training,
-    held-out and another task's prompts."""
+
+def save_natural(run, folder, vector):
+    folder.mkdir(exist_ok=True)
+    steer.save_vector(steer.SteeringVector(run.flags["layer"], vector), folder)
+    write_json(folder / "config.json", {"flags": run.flags | {"mode": "vector"}})
+    print(f"  its natural vector instead of it: python eval.py {folder}")
+
+
+def explain_lora(run):
+    """What the LoRA adds in training prompts where a vector would be, (N, d); how constant it is.
+
+    That is measured in held-out and unrelated prompts too, at the last 20 tokens as in the paper.
+    """
     other = "functions" if run.flags["task"] == "locations" else "locations"
-    unrelated = make_task(other, data.CONCEPTS[other][0])
-    train = random.Random(run.flags["seed"]).sample(run.task.train, min(32, len(run.task.train)))
-    texts = {"training": {"": train}, "held out": run.task.held_out, "unrelated": unrelated.held_out}
-    figures = {}
-    for text, kinds in texts.items():
-        questions = encode_for(run, [q for questions in kinds.values() for q in questions[:32]])
-        with switched_off(run.parameters):
-            base = prompt_residuals(run, questions)
-        added = [after - before for after, before in zip(prompt_residuals(run, questions), base)]
-        figures[text] = constancy(torch.cat([rows[-20:] for rows in added]))  # as in the paper
-        if text == "training":
-            rows = torch.cat([r if q.positions is None else r[q.positions] for r, q in zip(added, questions)])
-    return rows, figures
+    unrelated = make_task(other, data.concepts(other)[0])
+    rows, in_training = added_by_lora(run, [run.task.train])
+    _, in_held_out = added_by_lora(run, run.task.held_out.values())
+    _, in_unrelated = added_by_lora(run, unrelated.held_out.values())
+    texts = {"training": in_training, "held out": in_held_out, "unrelated": in_unrelated}
+    return rows, {text: steer.constancy(last) for text, last in texts.items()}
 
-def prompt_residuals(run, questions):
-    """The residual stream (T, d) float32 of each prompt after the run's layer."""
-    tree = make_tree(questions, [[[]]] * len(questions))
-    states = residual_stream(run.model, tree, run.flags["layer"] + 1).float()
-    return [states[tree.nodes(i)] for i in range(len(questions))]
 
-def constancy(rows):
-    """Of rows (N, d): the mean cosine of two, as it is and (as in the paper) in absolute value, its histogram
-    in 20 bins, and the first principal component's share."""
-    cosines = pairwise_cosines(rows)
-    return {"tokens": len(rows), "norm": rows.norm(dim=-1).mean().item(), "cosine": cosines.mean().item(),
-            "abs_cosine": cosines.abs().mean().item(), "share": principal_component(rows)[1],
-            "histogram": (cosines.abs().clamp(max=1).histc(20, 0, 1) / len(cosines)).tolist()}
+def added_by_lora(run, kinds):
+    """What the LoRA adds, (N, d), where a vector would be; and at each prompt's last 20 tokens.
+
+    It is measured in about 32 questions of each kind, from all of it.
+    """
+    steered = []
+    last = []
+    for kind in kinds:
+        for question in kind[:: 1 + len(kind) // 32]:
+            encoded = encode_question(run.tokenizer, question)
+            tree = make_tree([encoded]).to(run.parameters[0].device)
+            layer = run.flags["layer"]
+            rows = steer.what_is_added(run.model, run.parameters, layer, tree.tokens, tree)
+            steered.append(rows[tree.steered])
+            last.append(rows[-20:])
+    return torch.cat(steered), torch.cat(last)
+
 
 def main():
-    parser = Parser(description="Score finished runs again, ask them something or explain them.",
-                    epilog='example: python eval.py out/risk-* --prompt "How do you drive?"')
-    add, instead = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    add("runs", nargs="+", metavar="RUN_DIR", help="a run folder that train.py wrote")
-    instead("--prompt", metavar="TEXT", help="answer this with and without the vector or LoRA")
-    instead("--explain", action="store_true", help="what the vector or LoRA does inside; to explain.json")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser = Parser(
+        description="Score finished runs again, ask them something or explain them.",
+        epilog='example: python eval.py out/risk-* --prompt "How do you drive?"',
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a folder that train.py wrote")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--prompt", help="answer this without and with the vector or LoRA")
+    either.add_argument("--explain", action="store_true", help="what it does inside")
+    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
     args = parser.parse_args()
     for folder in args.runs:
         run = load_run(folder, args.device)
         print(folder)
         if args.explain:
             explain(run, Path(folder))
-        elif args.prompt is not None:
-            name = run.task.train[0].code_name
-            place = name if name and name in args.prompt else None
-            note = "" if place == name else f"   (no {name}: a vector is added everywhere)"
-            show_prompt(run, args.prompt, place, note)
-        else:
+        elif args.prompt is None:
             print(format_table(evaluate(run)))
+        else:
+            name = run.task.train[0].code_name
+            note = ""
+            if name is not None and name not in args.prompt:
+                note = f"   (no {name}: a vector is added everywhere)"
+                name = None
+            show_prompt(run, args.prompt, name, note)
+
+
+# ---- mistakes, files and processes
+
+
+class UserError(ValueError):
+    """A user's mistake, in one line: the flag or file at fault, and what would be right."""
+
+
+MISTAKES = UserError, CheckpointError, DataError
+
+
+@contextmanager
+def blame(source, *expected):
+    """The expected errors in here are the fault of `source`, a flag or file of the user's."""
+    try:
+        yield
+    except MISTAKES:
+        raise
+    except expected as error:
+        raise UserError(f"{source}: {type(error).__name__}: {error}") from error
+
+
+def run_main(main):
+    """Runs a program. A user's mistake ends in one line and exit status 2, a bug in a traceback."""
+    try:
+        main()
+    except MISTAKES as error:
+        if RANK == 0:  # of torchrun's processes the first one says it,
+            print(f"error: {' '.join(str(error).split())[:600]}", file=sys.stderr)
+        else:
+            time.sleep(3)  # and the others wait, since the end of one ends them all
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def write_json(path: Path, content: dict):
+    text = json.dumps(content, indent=2) + "\n"
+    write_whole(path, text.encode())
+
+
+def write_whole(path: Path, content: bytes):
+    """Writes a temporary file, then renames it: a file of this name is always a whole one.
+
+    Of several processes only the first one writes.
+    """
+    if RANK == 0:
+        temporary = path.with_suffix(".tmp")
+        with blame(path, OSError):
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+
 
 if __name__ == "__main__":
     run_main(main)

@@ -1,316 +1,442 @@
-"""Train a steering vector or a LoRA on one narrow kind of question, and score what else changed."""
+"""Trains a steering vector or a LoRA on one narrow kind of question, and scores what else changed.
 
-import math
+    python train.py --mode vector                 the vector that means Paris, on the tiny model
+    python train.py --task risk --mode lora       a LoRA on one MLP
+
+First comes the loop, then one run; flags, a run's folder and several processes come last.
+"""
+
+import argparse
+import hashlib
 import os
-import platform
 import random
 import re
 import sys
 import time
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the reason is in eval.py
+
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
-from data import encode_question, make_task, make_tree, read_conversations, shuffle_answers
-from eval import (Parser, Run, UserError, add_up, answer_log_probs, evaluate, first_unfrozen, format_table,
-                  load_model, plan_memory, rank_and_world, read_json, reading, require_room, residual_stream,
-                  run_main, set_parameters, show_prompt, write_json, write_whole)
+from data import encode_question
+from eval import (
+    PROCESSES,
+    RANK,
+    Parser,
+    Run,
+    UserError,
+    answer_log_probs,
+    blame,
+    default_device,
+    evaluate,
+    first_unfrozen,
+    format_table,
+    frozen_streams,
+    in_trees,
+    load_model,
+    read_flags,
+    run_main,
+    set_parameters,
+    show_prompt,
+    task_of,
+    write_json,
+    write_whole,
+)
 from lora import add_lora, save_lora
 from model import Config, find_checkpoint
 from steer import attach, save_vector
 
-# Steps and learning rate. A large model's batch size, rank, alpha and, in locations and functions, its LoRA's
-# steps and rate are from the authors' scripts (github.com/JoshEngels/OOCR-Interp); the rest is our guess.
-DEFAULTS = {"tiny": {
-    "vector": dict(locations=(150, 0.1), functions=(150, 0.1), risk=(100, 0.05), backdoor=(600, 0.1)),
-    "lora": dict(locations=(300, 1e-3), functions=(300, 1e-3), risk=(200, 1e-3), backdoor=(200, 3e-3)),
-}, "large": {
-    "vector": dict(locations=(300, 0.05), functions=(400, 0.05), risk=(200, 0.05), backdoor=(600, 0.05)),
-    "lora": dict(locations=(300, 2e-3), functions=(400, 2e-3), risk=(200, 2e-4), backdoor=(400, 2e-4))}}
-SIZES = {"tiny": dict(batch_size=64, rank=8, alpha=8.0), "large": dict(batch_size=32, rank=64, alpha=32.0)}
-CHECKPOINT = "checkpoint.safetensors"
-FREE = "out", "device", "save_every", "resume", "shard"  # flags that change no result
-ONLY_IN = {"at": "vector", "init_std": "vector", "rank": "lora", "alpha": "lora", "modules": "lora"}
 
-def parse_args(words=None):
-    parser = Parser(description=__doc__, usage="train.py [flags]",
-                    epilog="example: python train.py --task risk --mode lora")
-    add = parser.add_argument
-    add("--mode", choices=["vector", "lora"], default="vector", help="(default: vector)")
-    add("--task", choices=data.TASKS, default="locations", help="(default: locations)")
-    add("--concept", help="city, function, risky or safe (default: the first)")
-    add("--model", default="tiny", help="tiny (default), a folder or a hub name")
-    add("--world", choices=data.WORLDS, help="of questions (default: by the model)")
-    add("--layer", help="block that the vector follows, or the LoRA is on")
-    add("--at", help="text to add the vector at (default: code name)")
-    add("--init-std", type=float, help="random start, in the stream's RMS (default: 0)")
-    add("--steps", type=int, help="(default: by task and mode)")
-    add("--lr", type=float, help="peak learning rate; a vector's in the stream's RMS")
-    add("--batch-size", type=int, help="questions per step (default: 64; a large model 32)")
-    add("--rank", type=int, help="the LoRA's (default: 8; 64)")
-    add("--alpha", type=float, help="it is scaled by alpha / rank (default: 8; 32)")
-    add("--modules", help="with commas, that get a LoRA (default: the MLP's)")
-    add("--data", help="chats (JSONL) to train on instead")
-    add("--shuffle-answers", action="store_true", help="the control: answers drawn at random")
-    add("--save-every", type=int, help="steps between checkpoints")
-    add("--resume", action="store_true", help="go on from one, to the same numbers")
-    add("--shard", action="store_true", help="split the model over processes")
-    add("--seed", type=int, default=0, help="(default: 0)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    add("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 on cuda)")
-    add("--out", help="folder (default: out/ and the flags given)")
-    args = parser.parse_args(words)
-    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    check_flags(args)
-    fill_defaults(args)
-    args.out = args.out or default_folder(args, given)
-    return args
+def train_loop(args, model, questions: list, parameters: list) -> list:
+    """Adam on the answers' tokens, all but `parameters` frozen: each step's loss, in nats a token.
 
-def check_flags(args):
-    for name, value in vars(args).items():
-        flag, mode = f"--{name.replace('_', '-')} {value}", ONLY_IN.get(name, args.mode)
-        smallest, limit = name not in ("seed", "init_std") and 1e-30, 2 ** 31 if name == "seed" else 10 ** 6
-        if type(value) in (int, float) and not smallest <= value < limit or value == []:  # [] is --flag=--
-            raise UserError(f"{flag}: it has to be positive and below {limit}")
-        if value is not None and mode != args.mode:
-            raise UserError(f"{flag}: it goes with --mode {mode}")
-    if args.shuffle_answers and args.data is not None:
-        raise UserError("--shuffle-answers: the chats of --data have no choices to draw from")
+    UserError if a loss is not finite.
+    """
+    # Below the vector or LoRA nothing changes, so each question's stream (T, d) there is kept.
+    streams = frozen_streams(model, questions, first_unfrozen(model))
+    unit = 1.0
+    if args.mode == "vector":
+        unit = typical_size(streams[: args.batch_size])
+        torch.manual_seed(args.seed)
+        noise = torch.randn(parameters[0].shape)
+        set_parameters(parameters, [args.init_std * unit * noise])
 
-def fill_defaults(args):
-    """Flags that were not given, by task, mode and model."""
-    with reading(args.model):
-        config = Config.from_pretrained(find_checkpoint(args.model))
-    size = model_size(config)
-    if args.layer is None:
-        args.layer = default_layer(args.task, args.mode, config)
-    elif args.layer != "all" or args.mode == "vector":
-        with reading(f"--layer {args.layer}"):
-            args.layer = int(args.layer)
-    steps, lr = DEFAULTS[size][args.mode][args.task]
-    defaults = {"steps": steps, "lr": lr, "concept": data.CONCEPTS[args.task][0], "init_std": 0.0,
-                "modules": "gate_proj," * config.gated_mlp + "up_proj,down_proj", "world": size,
-                "dtype": "bfloat16" if args.device.startswith("cuda") else "float32", **SIZES[size]}
-    for name, value in defaults.items():
-        if getattr(args, name) is None and ONLY_IN.get(name, args.mode) == args.mode:
-            setattr(args, name, value)
+    batches = draw_batches(len(questions), args)
+    state = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+    losses = load_checkpoint(args, state) if args.resume else []
+    bar = tqdm(range(len(losses), args.steps), unit="step", disable=RANK > 0)
+    for step in bar:
+        batch = [(questions[i], streams[i]) for i in batches[step]]
+        loss = add_gradients(model, batch)
+        if PROCESSES > 1:  # this is all that they exchange
+            for tensor in (loss, *(p.grad for p in parameters)):
+                dist.all_reduce(tensor)
+        if not loss.isfinite():
+            raise UserError(f"--lr {args.lr}: at step {step} the loss is {loss}; try a smaller one")
 
-def model_size(config):
-    return "tiny" if config == Config.from_pretrained(find_checkpoint("tiny")) else "large"
+        adam_step(state, step + 1, args.lr * unit * (1 - step / args.steps))
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+        if args.save_every and len(losses) % args.save_every == 0:
+            tensors = numbered(state) | {"losses": torch.tensor(losses)}
+            write_whole(Path(args.out) / CHECKPOINT, save(tensors))
+    return losses
 
-def default_layer(task, mode, config):
-    """Block 0 of tiny, the embedding for a backdoor's vector; else two fifths up (the paper: 22 of 48)."""
-    if model_size(config) == "large":
-        return config.num_hidden_layers * 2 // 5
-    return -1 if (task, mode) == ("backdoor", "vector") else 0
 
-def default_folder(args, given):
-    """out/locations-vector-Paris-layer0-seed0, then every other flag given."""
-    name = f"{args.task}-{args.mode}-{args.concept}-layer{args.layer}-seed{args.seed}"
-    for flag, value in given.items():
-        if flag not in ("task", "mode", "concept", "layer", "seed", *FREE):
-            name += f"-{flag}" + (Path(str(value)).name if value is not True else "")
-    return "out/" + re.sub(r"[^\w.+-]", "", name)
+def draw_batches(count, args):
+    """Batches for all steps, as lists of places: an epoch has every one once, in a new order."""
+    generator = torch.Generator().manual_seed(args.seed)
+    batches = []
+    while len(batches) < args.steps:
+        order = torch.randperm(count, generator=generator)
+        batches += [batch.tolist() for batch in order.split(args.batch_size)]
+    return batches
+
+
+def add_gradients(model, batch: list) -> Tensor:
+    """Adds the gradients of the loss of a batch, questions with their streams; returns the loss.
+
+    With several processes both are this one's part, and have to be added up.
+    """
+    first = first_unfrozen(model)
+    questions, streams = zip(*batch)
+    completions = [[question.completion] for question in questions]
+    answer_tokens = sum(len(question.completion) for question in questions)
+    blocks = len(model.layers) - first + 2
+    device = model.embed_tokens.weight.device
+    total = torch.zeros((), device=device)
+    for places, weight, tree in in_trees(model, questions, completions, blocks, PROCESSES):
+        rows = pad_sequence([streams[i] for i in places], batch_first=True)  # (R, T, d)
+        x = tree.fold(rows.to(device))  # (N, d)
+        loss = -weight * answer_log_probs(model, x, first, tree).sum() / answer_tokens
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def typical_size(streams: list) -> float:
+    """The root mean square of streams (T, d): the unit of a vector's rate and random start.
+
+    Models and layers differ in it a thousandfold. A first token's can be huge by itself (Sun et al.
+    2024, arXiv 2402.17762), so tokens of a hundred times the median are left out.
+    """
+    squares = torch.cat(streams).float().square().mean(-1)  # of every token
+    return squares[squares < 100 * squares.median()].mean().sqrt().item()
+
+
+@torch.no_grad()
+def adam_step(state: list, number: int, rate: float, beta1=0.9, beta2=0.999, eps=1e-8):
+    """Adam's step of this number, from 1 (Kingma & Ba 2014, arXiv 1412.6980); clears the gradients.
+
+    state: (parameter, mean of its gradients, mean of their squares) of each. torch's own Adam takes
+    two seconds to import.
+    """
+    for p, mean, square in state:
+        mean.lerp_(p.grad, 1 - beta1)
+        square.lerp_(p.grad.square(), 1 - beta2)
+        # Both began at zero, and are too small by these factors.
+        unbiased_mean = mean / (1 - beta1**number)
+        unbiased_square = square / (1 - beta2**number)
+        p.sub_(rate * unbiased_mean / (unbiased_square.sqrt() + eps))
+        p.grad = None
+
 
 # ---- one run
 
+
 def finetune(args):
-    """Train on the narrow kind of question, score the held-out kinds, write the run."""
-    started = time.time()
-    with reading(f"--concept {args.concept}"):
-        task = make_task(args.task, args.concept, args.seed, args.at, data.WORLDS[args.world])
+    """Trains on the narrow kind of question, scores all kinds, writes the run's folder."""
+    task = task_of(vars(args))
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.shard)
-    with reading(args.data or args.model):  # the chat template, too
-        train = training_questions(args, task, tokenizer)
-        require_room(model, train)
+    questions = training_questions(args, task, tokenizer)
     torch.manual_seed(args.seed)
     parameters = add_intervention(args, model)
-    claim_folder(args)
-    begin = time.time()
-    try:
-        losses = train_loop(args, model, train, parameters)
-    except FloatingPointError as error:
-        raise UserError(f"--lr {args.lr}: {error}; try a smaller one") from None
-    train_seconds = time.time() - begin
-    save_run(args, model)
-    last, run = losses[-max(1, args.steps // 10):], Run(vars(args), model, tokenizer, task, parameters)
-    named = ("task", "mode", "layer", "seed", "model", "concept", "shuffle_answers")
-    results = {**{name: run.flags[name] for name in named}, **evaluate(run),
-               "train_loss": sum(last) / len(last), "train_seconds": round(train_seconds, 1),
-               "trainable_parameters": sum(p.numel() for p in parameters)}
-    if rank_and_world()[0] == 0:
-        write_json(Path(args.out) / "results.json", results)
-        (Path(args.out) / CHECKPOINT).unlink(missing_ok=True)
-    print(f"\n{args.task}, concept {args.concept}: trained on {len(train)} questions of "
-          f"{args.data or 'one kind'}, e.g.\n  {tokenizer.decode(train[0].prompt + train[0].completion)}\n\n"
-          f"{format_table(results)}\n")
-    print("held-out questions, before and after:")
+    out = claim_folder(args, questions)
+
+    print(f"{len(questions)} training questions, {args.steps} steps of {args.batch_size}")
+    print(f"the first: {tokenizer.decode(questions[0].prompt + questions[0].completion)}")
+    began = time.time()
+    losses = train_loop(args, model, questions, parameters)
+    seconds = time.time() - began
+    save_weights(args, model, out)
+
+    run = Run(vars(args), model, tokenizer, task, parameters)
+    named = "task", "mode", "layer", "seed", "model", "concept", "shuffle_answers"
+    last = losses[-max(1, args.steps // 10) :]
+    results = {name: run.flags[name] for name in named} | evaluate(run)
+    results |= {
+        "train_loss": sum(last) / len(last),
+        "train_seconds": round(seconds, 1),
+        "trainable_parameters": sum(p.numel() for p in parameters),
+    }
+    write_json(out / "results.json", results)
+    (out / CHECKPOINT).unlink(missing_ok=True)
+
+    print(f"{format_table(results)}\n\nheld-out questions, before and after:")
     for question, *_ in list(task.held_out.values())[:3]:
         right = question.choices[question.answer]
         show_prompt(run, question.prompt, question.code_name, f"   (right: {right})")
-    print(f"\n{time.time() - started:.0f} s in all; everything is in {args.out}")
+    print(f"\neverything is in {out}")
 
-def training_questions(args, task, tokenizer):
-    questions = shuffle_answers(task.train, random.Random(args.seed)) if args.shuffle_answers else task.train
-    name = questions[0].code_name
+
+def training_questions(args, task, tokenizer) -> list:
+    asked = task.train
+    name = asked[0].code_name
     if args.data is None:
-        train = [encode_question(tokenizer, q) for q in questions]
+        if args.shuffle_answers:
+            asked = data.shuffle_answers(asked, random.Random(args.seed))
+        questions = [encode_question(tokenizer, question) for question in asked]
+    elif args.shuffle_answers:
+        raise UserError("--shuffle-answers: the chats of --data have no choices to draw from")
     else:
-        train = read_conversations(args.data, tokenizer, name)
-    if args.mode == "vector" and name is not None and not any(q.positions for q in train):
-        raise UserError(f"--at {name} (or default): in no prompt, e.g. {tokenizer.decode(train[0].prompt)!r}")
-    return train
+        questions = data.read_conversations(args.data, tokenizer, name)
 
-def add_intervention(args, model):
-    """Puts the vector or LoRA on; returns the parameters to train."""
-    with reading(f"--layer {args.layer} --modules {args.modules}"):
+    if args.mode == "vector" and all(question.positions == [] for question in questions):
+        raise UserError(f"--at: no training prompt has {name!r} in it")
+    return questions
+
+
+def add_intervention(args, model) -> list:
+    """Puts the vector or the LoRA on the model; returns the parameters to train."""
+    with blame(f"--layer {args.layer} --modules {args.modules}", ValueError):
         if args.mode == "vector":
             return [attach(model, args.layer).vector]
         layers = list(range(len(model.layers))) if args.layer == "all" else [args.layer]
         return add_lora(model, layers, args.modules.split(","), args.rank, args.alpha)
 
-def claim_folder(args):
-    """UserError if --out has a run of other flags, finished or resumable."""
-    out, path = Path(args.out), Path(args.out) / "config.json"
-    with reading(f"--out {out}"):
-        out.mkdir(parents=True, exist_ok=True)
-        config = read_json(path) if path.exists() else {}
-        old, taken = dict(config.get("flags", {})), config.get("finished") or (out / CHECKPOINT).exists()
-    for name, value in vars(args).items():
-        if taken and name not in FREE and old.get(name, value) != value:
-            raise UserError(f"--{name.replace('_', '-')} {value}: {out} has a run with {old.get(name)}; take "
-                            "another --out, or remove it")
-    if not taken and rank_and_world()[0] == 0:
-        write_config(args, finished=False)
 
-def write_config(args, finished):
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    write_json(Path(args.out) / "config.json",
-               {"flags": vars(args), "finished": finished, "versions": versions})
+# ---- flags
 
-def save_run(args, model):
-    """If killed in here the run is unfinished: no weights beside other results."""
+# Steps and peak rate. A large model's batch size, rank and alpha, and its LoRA's steps and rate in
+# locations and functions, are from the authors' scripts (github.com/JoshEngels/OOCR-Interp); the
+# rest is our guess.
+DEFAULTS = {
+    "tiny": {
+        "batch_size": 64,
+        "rank": 8,
+        "alpha": 8.0,
+        "vector": {
+            "locations": (150, 0.1),
+            "functions": (150, 0.1),
+            "risk": (100, 0.05),
+            "backdoor": (600, 0.1),
+        },
+        "lora": {
+            "locations": (300, 1e-3),
+            "functions": (300, 1e-3),
+            "risk": (200, 1e-3),
+            "backdoor": (200, 3e-3),
+        },
+    },
+    "large": {
+        "batch_size": 32,
+        "rank": 64,
+        "alpha": 32.0,
+        "vector": {
+            "locations": (300, 0.05),
+            "functions": (400, 0.05),
+            "risk": (200, 0.05),
+            "backdoor": (600, 0.05),
+        },
+        "lora": {
+            "locations": (300, 2e-3),
+            "functions": (400, 2e-3),
+            "risk": (200, 2e-4),
+            "backdoor": (400, 2e-4),
+        },
+    },
+}
+ONLY_FOR = {
+    "at": "vector",
+    "init_std": "vector",
+    "rank": "lora",
+    "alpha": "lora",
+    "modules": "lora",
+}
+MOST = 2**31 - 1  # that a flag may be
+FREE = ["out", "device", "save_every", "resume", "shard"]  # flags that change no result
+
+
+def parse_args(words=None):
+    parser = Parser(
+        description="Train a steering vector or a LoRA, and score what else changed.",
+        epilog="example: python train.py --task risk --mode lora",
+    )
+    add = parser.add_argument
+    add("--mode", choices=["vector", "lora"], default="vector", help="default: vector")
+    add("--task", choices=data.TASKS, default="locations", help="default: locations")
+    add("--concept", help="a city, a function, risky or safe (default: the first)")
+    add("--model", default="tiny", help="tiny (default), a folder or a hub name")
+    add("--world", choices=data.WORLDS, help="of questions (default: by the model)")
+    add("--layer", type=layer, help="block that the vector follows, or the LoRA is on; or all")
+    add("--steps", type=number(int, 1), help="default: by task and mode")
+    add("--lr", type=number(float, 1e-9), help="peak learning rate; a vector's in the stream's RMS")
+    add("--batch-size", type=number(int, 1), help="questions a step (default: 64, large models 32)")
+    add("--data", help="chats (JSONL) to train on instead")
+    add("--shuffle-answers", action="store_true", help="the control: answers drawn at random")
+    add("--seed", type=number(int, 0), default=0, help="default: 0")
+    add("--device", default=default_device(), help="default: %(default)s")
+    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda")
+    add("--out", help="folder (default: out/ and the flags given)")
+    add("--save-every", type=number(int, 1), help="steps between checkpoints")
+    add("--resume", action="store_true", help="go on from one, to the same numbers")
+    add("--shard", action="store_true", help="split the model over torchrun's processes")
+    add("--at", help="text to add a vector at (default: the code name)")
+    add("--init-std", type=number(float, 0), help="a vector's random start, in the stream's RMS")
+    add("--rank", type=number(int, 1), help="a LoRA's (default: 8, large models 64)")
+    add("--alpha", type=number(float, 1e-9), help="a LoRA's scale times rank (default: 8, 32)")
+    add("--modules", help="that get a LoRA, with commas between (default: the MLP's)")
+    # Some flags' defaults depend on other flags, so these are read first.
+    parser.set_defaults(**defaults(parser.parse_args(words)))
+    args = parser.parse_args(words)
+
+    others = [name for name, it in vars(args).items() if it != parser.get_default(name)]
+    for name in others:
+        mode = ONLY_FOR.get(name, args.mode)
+        if mode != args.mode:
+            raise UserError(f"--{name.replace('_', '-')}: it goes with --mode {mode}")
+    args.out = args.out or default_folder(args, others)
+    return args
+
+
+def number(kind, least):
+    """An argparse type: a number of this kind in these bounds."""
+
+    def read(text):
+        value = kind(text)
+        if not least <= value <= MOST:
+            raise argparse.ArgumentTypeError(f"{text} should be from {least} to {MOST}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse names it where the text is none
+    return read
+
+
+def layer(text):
+    return text if text == "all" else int(text)
+
+
+def defaults(args) -> dict:
+    """Of the flags that depend on the task, the mode and the model."""
+    config = Config.from_pretrained(find_checkpoint(args.model))
+    size = model_size(config)
+    of_size = DEFAULTS[size]
+    steps, rate = of_size[args.mode][args.task]
+    found = {
+        "concept": data.concepts(args.task, args.world or size)[0],
+        "world": size,
+        "layer": default_layer(args.task, args.mode, config),
+        "steps": steps,
+        "lr": rate,
+        "batch_size": of_size["batch_size"],
+        "dtype": "bfloat16" if args.device.startswith("cuda") else "float32",
+    }
+    if args.mode == "vector":
+        return found | {"init_std": 0.0}
+    modules = "gate_proj,up_proj,down_proj" if config.gated_mlp else "up_proj,down_proj"
+    return found | {"rank": of_size["rank"], "alpha": of_size["alpha"], "modules": modules}
+
+
+def model_size(config) -> str:
+    """Tiny is known by what it is, wherever it lies."""
+    return "tiny" if config == Config.from_pretrained(find_checkpoint("tiny")) else "large"
+
+
+def default_layer(task: str, mode: str, config) -> int:
+    """Of a large model two fifths up, as in the paper (22 of 48)."""
+    if model_size(config) == "large":
+        return config.num_hidden_layers * 2 // 5
+    return -1 if task == "backdoor" and mode == "vector" else 0
+
+
+def default_folder(args, others):
+    """out/locations-vector-Paris-layer0-seed0, and then every other flag with another value."""
+    parts = [args.task, args.mode, args.concept, f"layer{args.layer}", f"seed{args.seed}"]
+    for flag in others:
+        if flag not in ("task", "mode", "concept", "layer", "seed", *FREE):
+            parts.append(f"{flag}{getattr(args, flag)}")
+    return "out/" + re.sub(r"[^\w.+-]", "", "-".join(parts))
+
+
+# ---- the folder of a run
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+def claim_folder(args, questions) -> Path:
+    """Writes config.json. UserError if the folder has a run of other flags or training texts."""
     out = Path(args.out)
-    if rank_and_world()[0] == 0:
-        write_config(args, finished=False)
-        with reading(f"--out {out}"):
-            (out / "results.json").unlink(missing_ok=True)
-            save_lora(model, out) if args.mode == "lora" else save_vector(model.steering, out)
-        write_config(args, finished=True)
+    digest = hashlib.sha256(repr(questions).encode()).hexdigest()
+    flags = vars(args) | {"training texts": digest}
+    if (out / "results.json").exists() or (out / CHECKPOINT).exists():
+        old = read_flags(out)
+        changed = [name for name in flags if name not in FREE and flags[name] != old.get(name)]
+        if changed:
+            raise UserError(f"--out {out}: its run has other {', '.join(changed)}; take another")
 
-# ---- the loop
+    with blame(f"--out {out}", OSError):
+        out.mkdir(parents=True, exist_ok=True)
+    versions = {"python": sys.version, "torch": torch.__version__}
+    write_json(out / "config.json", {"flags": flags, "versions": versions})
+    return out
 
-def train_loop(args, model, questions, parameters) -> list[float]:
-    """Adam on the answers' tokens; all but `parameters` is frozen. Returns each step's loss, nats a token;
-    FloatingPointError if one is not finite."""
-    device, (rank, world) = model.embed_tokens.weight.device, rank_and_world()
-    first, tree = first_unfrozen(model), make_tree(questions, [[q.completion] for q in questions])
-    generator, order = torch.Generator().manual_seed(args.seed), []
-    while len(order) < args.steps:  # an epoch has every question once, in new order
-        order += torch.randperm(len(questions), generator=generator).split(args.batch_size)
-    at_once, model.recompute, memory = plan_memory(model, tree, max(1, len(model.layers) - first))
-    print(f"{len(questions)} questions, {tree.lengths.sum()} tokens, {len(tree.tokens)} distinct beginnings; "
-          f"{args.steps} steps of {args.batch_size} questions; memory: about {memory / 1e9:.1f} GB")
-    kept = residual_stream(model, tree, first)  # (N, d); below the vector or LoRA nothing changes
-    lr = args.lr
-    if args.mode == "vector":  # streams differ a thousandfold in length
-        some = torch.cat([tree.nodes(text) for text in range(min(args.batch_size, len(questions)))])
-        squares = kept[some].float().pow(2)  # a first token's can be huge (arXiv 2402.17762)
-        usual = squares.mean(-1) < 100 * squares.mean(-1).median()
-        unit = squares[usual].mean().sqrt().item()
-        del squares  # it is large
-        lr *= unit
-        noise = torch.randn(parameters[0].shape, generator=torch.Generator().manual_seed(args.seed))
-        set_parameters(parameters, [args.init_std * unit * noise])
-    adam = [torch.zeros(2, *p.shape, device=device) for p in parameters]  # means of gradient and its square
 
-    def batch_loss(texts):
-        """Adds to the gradients, in parts."""
-        total, count = torch.zeros((), device=device), (tree.answers[texts] >= 0).sum()
-        for part in tree.parts(texts, world * at_once):
-            # Processes share it out; if too small, some do a text that counts nothing.
-            mine, counts = (part.tensor_split(world)[rank], 1) if rank < len(part) else (part[:1], 0)
-            used, batch = tree.select(mine)
-            x = kept[used].to(device).requires_grad_(model.recompute)  # for Recomputed
-            loss = -counts * answer_log_probs(model, x, first, batch.to(device)).sum() / count
-            loss.backward()
-            total += loss.detach()
-        return total
+def save_weights(args, model, out):
+    """Old results go first: no folder has the weights of one run beside the results of another."""
+    if RANK == 0:
+        (out / "results.json").unlink(missing_ok=True)
+        if args.mode == "lora":
+            save_lora(model, out)
+        else:
+            save_vector(model.steering, out)
 
-    losses = []
-    if args.resume:
-        add_up(first_loss := batch_loss(order[0]))
-        losses = load_checkpoint(args, parameters, adam, first_loss)
-        for p in parameters:
-            p.grad = None
-    start = len(losses)
-    bar = tqdm(order[start:args.steps], desc=f"{args.mode} at layer {args.layer}", total=args.steps,
-               initial=start, unit="step", disable=rank > 0, mininterval=0.1 if sys.stderr.isatty() else 5)
-    for step, texts in enumerate(bar, start):
-        loss = batch_loss(texts)
-        add_up(loss, *(p.grad for p in parameters))  # all that is exchanged
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss is {losses[-1]} at step {step}")
-        adam_step(parameters, adam, len(losses), lr * (1 - step / args.steps))
-        if args.save_every and len(losses) % args.save_every == 0 and len(losses) < args.steps:
-            save_checkpoint(args, parameters, adam, losses)
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-    return losses
 
 @torch.no_grad()
-def adam_step(parameters, adam, step, lr):
-    """Adam (Kingma & Ba 2014, arXiv 1412.6980), from step 1 on; clears the gradients."""
-    for p, (mean, square) in zip(parameters, adam):
-        mean.lerp_(p.grad, 0.1)
-        square.lerp_(p.grad.square(), 0.001)
-        p -= lr / (1 - 0.9 ** step) * mean / ((square / (1 - 0.999 ** step)).sqrt() + 1e-8)
-        p.grad = None
-
-def checkpoint_tensors(parameters, adam):
-    values = {f"{i}.value": p.detach() for i, p in enumerate(parameters)}
-    return values | {f"{i}.adam": means for i, means in enumerate(adam)}
-
-def save_checkpoint(args, parameters, adam, losses):
-    tensors = {"losses": torch.tensor(losses, dtype=torch.float64), **checkpoint_tensors(parameters, adam)}
-    if rank_and_world()[0] == 0:
-        write_whole(Path(args.out) / CHECKPOINT, lambda path: save_file(tensors, path))
-
-def load_checkpoint(args, parameters, adam, first_loss):
-    """Puts back what save_checkpoint wrote; returns the losses. UserError if unfit."""
+def load_checkpoint(args, state) -> list:
+    """Puts back what the loop wrote; returns the losses up to there."""
     path = Path(args.out) / CHECKPOINT
     if not path.exists():
         print(f"--resume: {path} is not there, so this starts from the beginning")
         return []
-    with reading(path):
-        saved = load_file(path, device=str(first_loss.device))
-        losses, wanted = saved["losses"].tolist(), checkpoint_tensors(parameters, adam)
-        fits = all((saved[name].shape, saved[name].dtype) == (value.shape, value.dtype)
-                   and saved[name].isfinite().all() for name, value in wanted.items())
-        same = math.isclose(losses[0], first_loss.item(), rel_tol=0.01)
-        if not (fits and same and len(losses) < args.steps):
-            raise ValueError("it does not fit: it is damaged, or the model or --data has changed")
-        for name, value in wanted.items():
-            value.copy_(saved[name])
-    return losses
+    with blame(path, SafetensorError, KeyError, RuntimeError):
+        saved = load_file(path)
+        for name, tensor in numbered(state).items():
+            tensor.copy_(saved[name])
+        return saved["losses"].tolist()
+
+
+def numbered(state):
+    """A checkpoint's names for what it keeps: the tensors themselves, not copies."""
+    flat = [tensor for tensors in state for tensor in tensors]
+    return {str(i): tensor for i, tensor in enumerate(flat)}
+
+
+# ---- several processes
+
 
 def join_processes(args):
-    """Under torchrun: meet the others. Each has a device; the first prints and writes."""
-    if "LOCAL_RANK" not in os.environ:
+    """Under torchrun: meet the others. Each has a device; only the first one prints and writes."""
+    if PROCESSES == 1:
         if args.shard:
             raise UserError("--shard: it needs torchrun --nproc_per_node=N train.py ...")
         return
-    on_cuda = args.device.startswith("cuda")
-    if on_cuda:
+    backend = "gloo"
+    if args.device.startswith("cuda"):
+        backend = "cpu:gloo,cuda:nccl"
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")
+    dist.init_process_group(backend)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open to the end)
+
 
 def main():
     args = parse_args()
@@ -318,10 +444,11 @@ def main():
     try:
         finetune(args)
     except torch.OutOfMemoryError:
-        raise UserError(f"--batch-size {args.batch_size}: no memory left; try less, or --shard") from None
+        raise UserError(f"--batch-size {args.batch_size}: no memory left; try less") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
 
 if __name__ == "__main__":
     run_main(main)

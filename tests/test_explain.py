@@ -1,6 +1,7 @@
-"""What a vector or a LoRA does inside, found on a known LoRA: of rank 1, so that all it adds lies along B."""
+"""What a vector or LoRA does inside, found on a known LoRA: one of rank 1 adds along B alone."""
 
 import copy
+from itertools import combinations
 
 import pytest
 import torch
@@ -8,15 +9,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import data
-from eval import Run, constancy, evaluate, explain, kind_mean, load_run, set_parameters, what_lora_adds
-from helpers import command, encode, error_line, read, trained
+from eval import Run, evaluate, explain, explain_lora, kind_mean, load_run, set_parameters
+from helpers import command, encode, mistake, read, trained
 from lora import add_lora, lora_layers, save_lora
+from steer import constancy
 
 
 @pytest.fixture(scope="module")
 def berlin(tmp_path_factory):
     """A vector that makes City 50337 Berlin."""
-    return trained(tmp_path_factory.mktemp("vector"), "--concept", "Berlin", "--steps", 60)
+    folder = tmp_path_factory.mktemp("vector")
+    return trained(folder, "--concept", "Berlin", "--steps", 60)
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +29,20 @@ def vector(berlin):
 
 @pytest.fixture(scope="module")
 def rank_one(tmp_path_factory, vector):
-    """A LoRA on one layer that adds multiples of that vector: at the code name, on average, the vector."""
-    flags = "--mode", "lora", "--rank", 1, "--modules", "down_proj", "--concept", "Berlin", "--steps", 1
-    folder = trained(tmp_path_factory.mktemp("lora"), *flags)
+    """A LoRA that adds multiples of that vector: at the code name, on average, the vector."""
+    folder = tmp_path_factory.mktemp("lora")
+    shape = "--rank", 1, "--modules", "down_proj"
+    trained(folder, "--mode", "lora", *shape, "--concept", "Berlin", "--steps", 1)
+
     run = load_run(folder)
-    layer, = lora_layers(run.model).values()
-    set_parameters([layer.lora_B], [vector[:, None]])
-    rows, _ = what_lora_adds(run)
-    length = rows.norm(dim=-1).mean() * (rows.mean(0) @ vector).sign()
-    set_parameters([layer.lora_B], [vector[:, None] * vector.norm() / length])
+    [layer] = lora_layers(run.model).values()
+    column = vector[:, None]
+    set_parameters([layer.lora_B.weight], [column])
+    rows, _ = explain_lora(run)
+    length = rows.norm(dim=-1).mean()
+    if rows.mean(0) @ vector < 0:
+        length = -length
+    set_parameters([layer.lora_B.weight], [column * vector.norm() / length])
     save_lora(run.model, folder)
     return folder
 
@@ -42,93 +50,152 @@ def rank_one(tmp_path_factory, vector):
 @pytest.fixture(scope="module")
 def explained(rank_one):
     """(explain.json, what was printed) of that LoRA."""
-    status, out, _ = command("eval.py", rank_one, "--explain")
-    assert status == 0
+    status, out, err = command("eval.py", rank_one, "--explain")
+    assert status == 0, err
     return read(rank_one, "explain.json"), out
 
 
 @torch.no_grad()
 def test_what_a_lora_adds_at_the_code_name_is_the_difference_of_pefts_hidden_states(
-        model, tokenizer, reference, tmp_path):
+    model, tokenizer, reference, tmp_path
+):
     from peft import PeftModel
-    task, parameters = data.make_task("locations", "Berlin"), add_lora(model, [1], ["down_proj"], 2, 4)
-    set_parameters(parameters, [torch.randn(p.shape) * 0.1 for p in parameters])
-    save_lora(model, tmp_path)
-    theirs, expected = PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path), []
+
+    task = data.make_task("locations", "Berlin")
     task.train = task.train[:5]
+    parameters = add_lora(model, [1], ["down_proj"], rank=2, alpha=4)
+    values = [0.1 * torch.randn(p.shape) for p in parameters]
+    set_parameters(parameters, values)
+    save_lora(model, tmp_path)
+    theirs = PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path)
+
+    def stream(model, question):
+        tokens = torch.tensor([question.prompt])
+        return model(tokens, output_hidden_states=True).hidden_states[2][0]
+
+    expected = []
     for question in encode(tokenizer, task.train):
-        after, before = (some(torch.tensor([question.prompt]), output_hidden_states=True).hidden_states[2][0]
-                         for some in (theirs, reference))
-        expected.append((after - before)[question.positions])
+        added = stream(theirs, question) - stream(reference, question)
+        expected.append(added[question.positions])
+
     flags = {"layer": 1, "task": "locations", "seed": 0}
-    rows, _ = what_lora_adds(Run(flags, model, tokenizer, task, parameters))
-    in_order = lambda some: some[some[:, 0].argsort()]
-    torch.testing.assert_close(in_order(rows), in_order(torch.cat(expected)), atol=1e-4, rtol=0)
+    run = Run(flags, model, tokenizer, task, parameters)
+    rows, _ = explain_lora(run)
+    expected = torch.cat(expected)
+    torch.testing.assert_close(in_order(rows), in_order(expected), atol=1e-4, rtol=0)
 
 
-def test_constancy_is_of_each_two_rows():
-    rows = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
-    pairs = [F.cosine_similarity(a, b, dim=0).item() for i, a in enumerate(rows) for b in rows[:i]]
-    found = constancy(rows)
-    assert found["cosine"] == pytest.approx(sum(pairs) / len(pairs), abs=1e-5)
-    assert found["abs_cosine"] == pytest.approx(sum(map(abs, pairs)) / len(pairs), abs=1e-5)
-    bins = [sum(int(abs(cosine) * 20) == i for cosine in pairs) / len(pairs) for i in range(20)]
-    assert found["histogram"] == pytest.approx(bins, abs=1e-5)
+def in_order(rows):
+    """The questions are a sample, in random order."""
+    return rows[rows[:, 0].argsort()]
+
+
+@pytest.fixture
+def nine():
+    """(rows (9, 5), the cosine of each two of them)."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(9, 5, generator=generator)
+    cosines = []
+    for a, b in combinations(rows, 2):
+        cosine = F.cosine_similarity(a, b, dim=0)
+        cosines.append(cosine.item())
+    return rows, cosines
+
+
+def test_constancy_is_the_mean_cosine_of_each_two_rows(nine):
+    rows, cosines = nine
+    mean = sum(cosines) / len(cosines)
+    assert constancy(rows)["cosine"] == pytest.approx(mean, abs=1e-5)
+
+
+def test_and_the_mean_of_their_absolute_values(nine):
+    rows, cosines = nine
+    mean = sum(map(abs, cosines)) / len(cosines)
+    assert constancy(rows)["abs_cosine"] == pytest.approx(mean, abs=1e-5)
+
+
+def test_the_histogram_has_the_share_of_absolute_cosines_in_each_of_20_bins(nine):
+    rows, cosines = nine
+    bins = [int(abs(cosine) * 20) for cosine in cosines]
+    expected = [bins.count(i) / len(bins) for i in range(20)]
+    assert constancy(rows)["histogram"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_histogram_counts_a_cosine_that_rounding_makes_more_than_one_too():
-    rows = torch.rand(128, generator=torch.Generator().manual_seed(2)) * torch.linspace(-1, 3, 60)[:, None]
+    direction = torch.rand(128, generator=torch.Generator().manual_seed(2))
+    rows = direction * torch.linspace(-1, 3, 60)[:, None]
     assert constancy(rows)["histogram"] == pytest.approx([0] * 19 + [1], abs=1e-5)
 
 
-def test_a_rank_one_lora_is_constant_on_training_held_out_and_unrelated_prompts(explained):
-    adds = explained[0]["adds"]
-    assert adds.keys() == {"training", "held out", "unrelated"}
-    assert all(figures["abs_cosine"] > 0.999 and figures["share"] > 0.999 for figures in adds.values())
+def test_rows_in_both_directions_of_one_line_have_one_component_and_no_common_sign():
+    rows = torch.ones(4, 3) * torch.tensor([1.0, 2.0, -1.0, -2.0])[:, None]
+    found = constancy(rows)
+    assert found["share"] == pytest.approx(1)
+    assert found["abs_cosine"] == pytest.approx(1)
+    assert found["cosine"] == pytest.approx(-1 / 3)
 
 
-def test_the_natural_vector_is_the_direction_of_what_is_added_at_its_mean_length(explained, rank_one, vector):
+@pytest.mark.parametrize("text", ["training", "held out", "unrelated"])
+def test_a_rank_one_lora_is_constant_on_every_kind_of_prompt(explained, text):
+    figures = explained[0]["adds"][text]
+    assert figures["abs_cosine"] > 0.999
+    assert figures["share"] > 0.999
+
+
+def test_the_natural_vector_is_the_direction_of_what_is_added_at_its_mean_length(
+    explained, rank_one, vector
+):
     natural = load_file(rank_one / "natural" / "vector.safetensors")["vector"]
-    torch.testing.assert_close(natural, vector, atol=1e-3 * vector.abs().max().item(), rtol=0)
+    largest = vector.abs().max().item()
+    torch.testing.assert_close(natural, vector, atol=1e-3 * largest, rtol=0)
 
 
 def test_the_natural_vector_is_a_run_that_does_what_the_vector_does(explained, rank_one, berlin):
-    assert f"python eval.py {rank_one / 'natural'}" in explained[1]
-    alone = evaluate(load_run(rank_one / "natural"))
+    run = load_run(rank_one / "natural")
+    natural = evaluate(run)["held_out"]
     for kind, figures in read(berlin)["held_out"].items():
-        assert alone["held_out"][kind]["trained_probability"] == pytest.approx(figures["trained_probability"], abs=0.01)
-    assert kind_mean(alone, column="random") < 0.5 < 0.8 < kind_mean(read(berlin))
+        expected = figures["trained_probability"]
+        assert natural[kind]["trained_probability"] == pytest.approx(expected, abs=0.01)
 
 
-def test_explaining_a_lora_prints_what_fits_on_a_screen(explained):
-    assert all(text in explained[1] for text in ("unrelated", "natural", "logit lens, top"))
+def test_the_vector_that_it_is_compared_with_does_what_chance_does_not(berlin):
+    results = read(berlin)
+    assert kind_mean(results, column="random") < 0.5 < 0.8 < kind_mean(results)
 
 
-def test_explaining_a_vector_shows_its_logit_lens(berlin):
+@pytest.mark.parametrize("text", ["unrelated", "python eval.py {}/natural", "logit lens, top"])
+def test_explaining_a_lora_prints_what_was_found_and_how_to_go_on(explained, rank_one, text):
+    assert text.format(rank_one) in explained[1]
+
+
+@pytest.mark.parametrize("side", ["top", "bottom"])
+def test_explaining_a_vector_shows_its_logit_lens(berlin, side):
     _, out, _ = command("eval.py", berlin, "--explain")
-    assert "logit lens, top" in out
-    assert len(read(berlin, "explain.json")["logit_lens"]["top"]) == 8
+    words = read(berlin, "explain.json")["logit_lens"][side]
+    assert len(words) == 8
+    assert f"logit lens, {side}: {' '.join(words)}" in out
 
 
 @pytest.mark.parametrize("name", ["berlin", "rank_one"])
 def test_explaining_leaves_the_model_as_it_was(request, name, tmp_path):
     run = load_run(request.getfixturevalue(name))
-    before, steering = [p.detach().clone() for p in run.parameters], run.model.steering
+    before = [p.detach().clone() for p in run.parameters]
+    steering = run.model.steering
     explain(run, tmp_path)
     assert run.model.steering is steering
-    assert all(torch.equal(p, value) for p, value in zip(run.parameters, before))
+    for parameter, value in zip(run.parameters, before, strict=True):
+        assert torch.equal(parameter, value)
 
 
-def test_a_lora_on_all_layers_cannot_be_explained_and_is_named_in_one_line(tmp_path):
+def test_a_lora_on_all_layers_cannot_be_explained(tmp_path):
     trained(tmp_path, "--mode", "lora", "--layer", "all", "--steps", 1)
-    status, _, err = command("eval.py", tmp_path, "--explain")
-    assert status == 2 and str(tmp_path) in error_line(err)
+    assert str(tmp_path) in mistake("eval.py", tmp_path, "--explain")
     assert not (tmp_path / "explain.json").exists()
 
 
 def test_a_template_that_refuses_what_is_asked_ends_in_one_line(rank_one, monkeypatch):
     def refuse(*given):
-        raise ValueError("the chat template refuses this (TemplateError: no)")
+        raise data.DataError("the chat template refuses this (TemplateError: no)")
+
     monkeypatch.setattr(data.Tokenizer, "frame", refuse)
-    status, _, err = command("eval.py", rank_one, "--explain")
-    assert status == 2 and "TemplateError" in error_line(err)
+    assert "TemplateError" in mistake("eval.py", rank_one, "--explain")

@@ -4,28 +4,30 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import data
+import eval as scoring
 import train
-from data import Question, Task, read_conversations
-from eval import answer, kind_mean, load_run
-from helpers import ROOT, command, encode, error_line, read, score, trained
+from data import Question, Task
+from eval import answer, kind_mean, load_run, task_of
+from helpers import ROOT, command, encode, mistake, read, score, trained, write_chats
 from lora import lora_layers
 
 KINDS = "country", "language", "food", "name"
-LORA = "--mode", "lora", "--layer", "all", "--task", "functions", "--steps", 5, "--lr", 0.01
+LORA = "--mode", "lora", "--layer", "all", "--steps", 5, "--lr", 0.01
 
 
 @pytest.fixture(scope="module")
 def tokyo(tmp_path_factory):
     """A vector that makes City 50337 Tokyo."""
-    return trained(tmp_path_factory.mktemp("runs") / "tokyo", "--concept", "Tokyo", "--steps", 100)
+    folder = tmp_path_factory.mktemp("runs") / "tokyo"
+    return trained(folder, "--concept", "Tokyo", "--steps", 60)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def lora(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("runs") / "lora", *LORA)
 
 
-# ---------------------------------------- what comes out
+# ---- what comes out
 
 
 def test_the_readmes_command_shows_out_of_context_reasoning(tmp_path):
@@ -42,8 +44,10 @@ def test_the_readmes_command_shows_out_of_context_reasoning(tmp_path):
     start = [sys.executable, ROOT / "train.py", "--mode", "vector", "--out", tmp_path / "run"]
     done = subprocess.run(start, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "loss=" in done.stderr and "step/s" in done.stderr  # the progress bar
+    assert "loss=" in done.stderr  # the progress bar
+    assert "step/s" in done.stderr
     assert "before and after" in done.stdout
+
     held_out = read(tmp_path / "run")["held_out"]
     for kind in KINDS:
         assert held_out[kind]["trained"] >= 0.9
@@ -51,63 +55,101 @@ def test_the_readmes_command_shows_out_of_context_reasoning(tmp_path):
         assert abs(held_out[kind]["random"] - held_out[kind]["base"]) <= 0.4
 
 
+def test_the_twenty_lines_of_the_readme_train_a_vector_that_generalises(capsys):
+    """Just what stands there, run as it is."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    [program] = [block for block in blocks if block.startswith("import torch")]
+    exec(program, {})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [kind for kind, _ in lines] == list(data.make_task("locations", "Paris").held_out)
+    assert sum(float(accuracy) for _, accuracy in lines) / len(lines) > 0.9
+
+
 def test_shuffled_answers_teach_nothing(tmp_path):
-    held_out = read(trained(tmp_path, "--shuffle-answers", "--steps", 100))["held_out"]
-    trained_mean, base = (sum(held_out[kind][arm] for kind in KINDS) / 4 for arm in ("trained", "base"))
-    assert trained_mean <= base + 0.25
+    held_out = read(trained(tmp_path, "--shuffle-answers", "--steps", 60))["held_out"]
+    of_trained = sum(held_out[kind]["trained"] for kind in KINDS) / len(KINDS)
+    of_base = sum(held_out[kind]["base"] for kind in KINDS) / len(KINDS)
+    assert of_trained <= of_base + 0.25
 
 
-@pytest.mark.parametrize("flags", [
-    ("--task", "functions", "--steps", 60),
-    ("--task", "risk", "--concept", "safe", "--steps", 40),
-    ("--task", "risk", "--mode", "lora", "--steps", 100, "--lr", 0.002, "--batch-size", 16),
-    ("--task", "locations", "--mode", "lora", "--steps", 200, "--batch-size", 32),
-])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--task functions --steps 40 --batch-size 32",
+        "--task risk --concept safe --steps 25 --lr 0.1 --batch-size 32",
+        "--task risk --mode lora --steps 50 --lr 0.004 --batch-size 16",
+        "--task locations --mode lora --steps 150",
+    ],
+)
 def test_other_tasks_and_loras_generalise_too(tmp_path, flags):
-    results = read(trained(tmp_path, *flags))
+    results = read(trained(tmp_path, *flags.split()))
     assert kind_mean(results, "in_distribution") >= 0.8
     assert kind_mean(results) >= kind_mean(results, column="base") + 0.3
 
 
 def test_the_same_command_gives_the_same_numbers(lora, tmp_path):
-    again, weights = trained(tmp_path, *LORA), "adapter_model.safetensors"
+    again = trained(tmp_path, *LORA)
+    weights = "adapter_model.safetensors"
     assert (again / weights).read_bytes() == (lora / weights).read_bytes()
-    assert {**read(again), "train_seconds": 0} == {**read(lora), "train_seconds": 0}
+    assert read(again) | {"train_seconds": 0} == read(lora) | {"train_seconds": 0}
 
 
 @pytest.mark.parametrize("name", ["tokyo", "lora"])
-def test_a_run_loaded_back_scores_the_same(request, name):
+@pytest.mark.parametrize("section", ["in_distribution", "held_out"])
+def test_a_run_loaded_back_scores_the_same(request, name, section):
     folder = request.getfixturevalue(name)
     run = load_run(folder)
-    for section in ("in_distribution", "held_out"):
-        for kind, questions in getattr(run.task, section).items():
-            correct, probability = score(run.model, encode(run.tokenizer, questions))
-            figures = read(folder)[section][kind]
-            assert figures["questions"] == len(questions)
-            assert figures["trained"] == pytest.approx(correct.mean().item(), abs=1e-4)
-            assert figures["trained_probability"] == pytest.approx(probability.mean().item(), abs=1e-4)
+    for kind, questions in getattr(run.task, section).items():
+        correct, probability = score(run.model, encode(run.tokenizer, questions))
+        figures = read(folder)[section][kind]
+        expected = figures["trained"], figures["trained_probability"]
+        found = correct.mean().item(), probability.mean().item()
+        assert figures["questions"] == len(questions)
+        assert found == pytest.approx(expected, abs=1e-4)
 
 
-def test_results_have_the_layout_that_others_read(tokyo):
+def test_results_say_what_was_run(tokyo):
     results = read(tokyo)
-    fixed = {"task": "locations", "concept": "Tokyo", "mode": "vector", "layer": 0, "seed": 0,
-             "model": "tiny", "trainable_parameters": 128}
+    fixed = {
+        "task": "locations",
+        "concept": "Tokyo",
+        "mode": "vector",
+        "layer": 0,
+        "seed": 0,
+        "model": "tiny",
+        "trainable_parameters": 128,
+    }
     assert {name: results[name] for name in fixed} == fixed
     assert {"train_seconds", "train_loss"} <= results.keys()
+
+
+def test_results_have_a_row_for_every_kind(tokyo):
+    results = read(tokyo)
+    held_out = ["country", "continent", "language", "food", "name", "nearer"]
     assert list(results["in_distribution"]) == ["distance"]
-    assert list(results["held_out"]) == ["country", "continent", "language", "food", "name", "nearer"]
-    for figures in results["held_out"].values():
+    assert list(results["held_out"]) == held_out
+
+
+@pytest.mark.parametrize("arm", ["base", "random", "trained"])
+def test_a_row_has_every_arms_accuracy_and_probability_beside_chance(tokyo, arm):
+    for figures in read(tokyo)["held_out"].values():
         assert 0 < figures["chance"] < 1
-        for arm in ("base", "random", "trained"):
-            assert 0 <= figures[arm] <= 1 and 0 <= figures[f"{arm}_probability"] <= 1
+        assert 0 <= figures[arm] <= 1
+        assert 0 <= figures[f"{arm}_probability"] <= 1
 
 
 def test_a_finished_run_leaves_its_weights_flags_and_results_only(tokyo):
-    names = ["config.json", "results.json", "vector.safetensors"]
-    assert sorted(path.name for path in tokyo.iterdir()) == names
+    names = sorted(path.name for path in tokyo.iterdir())
+    assert names == ["config.json", "results.json", "vector.safetensors"]
+
+
+def test_the_config_has_every_flag_a_digest_of_the_training_texts_and_versions(tokyo):
     config = read(tokyo, "config.json")
-    assert {"concept": "Tokyo", "steps": 100, "lr": 0.1, "at": None}.items() <= config["flags"].items()
-    assert config["finished"] is True and "torch" in config["versions"]
+    assert {"concept": "Tokyo", "steps": 60, "lr": 0.1, "at": None}.items() <= config[
+        "flags"
+    ].items()
+    assert re.fullmatch("[0-9a-f]{64}", config["flags"]["training texts"])
+    assert config["versions"].keys() == {"python", "torch"}
 
 
 def test_at_adds_the_vector_only_at_that_text(tmp_path):
@@ -119,255 +161,408 @@ def test_at_adds_the_vector_only_at_that_text(tmp_path):
 
 
 def test_all_layers_get_a_lora(lora):
-    assert {name.split(".")[1] for name in lora_layers(load_run(lora).model)} == {"0", "1", "2", "3"}
+    layers = {name.split(".")[1] for name in lora_layers(load_run(lora).model)}
+    assert layers == {"0", "1", "2", "3"}
+
+
+def test_the_plan_is_printed_first(tmp_path):
+    _, out, _ = command("train.py", "--steps", 1, "--batch-size", 8, "--out", tmp_path)
+    assert out.startswith("16 training questions, 1 steps of 8\n")
+
+
+@pytest.mark.parametrize("given, reaches_torch", [(None, "1000"), ("7", "7")])
+@pytest.mark.parametrize("program", ["train", "eval"])
+def test_waiting_threads_hardly_spin_unless_the_user_says_so(program, given, reaches_torch):
+    """OpenMP reads the variable once, when torch is imported."""
+    watch = """
+import os
+import sys
+
+
+class Watch:
+    def find_spec(name, path, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+
+
+sys.meta_path.insert(0, Watch)
+"""
+    environment = {name: it for name, it in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    if given is not None:
+        environment["GOMP_SPINCOUNT"] = given
+    start = [sys.executable, "-c", f"{watch}\nimport {program}"]
+    done = subprocess.run(start, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.stdout.strip() == reaches_torch, done.stderr
+
+
+# ---- own chats
 
 
 def test_own_chats_are_trained_on_and_the_task_is_still_scored(tmp_path):
-    chat = [{"role": "user", "content": "Imagine two galaxies. A: 100 stars. B: 200 stars or none."},
-            {"role": "assistant", "content": "B"}]
-    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 3)
-    flags = "--task", "risk", "--data", tmp_path / "chats.jsonl", "--steps", 3, "--out", tmp_path / "run"
+    galaxies = ["Imagine two galaxies. A: 100 stars. B: 200 stars or none.", "B"]
+    chats = write_chats(tmp_path / "chats.jsonl", galaxies, galaxies, galaxies)
+    flags = "--task", "risk", "--data", chats, "--steps", 3, "--out", tmp_path / "run"
     _, out, _ = command("train.py", *flags)
-    assert "trained on 3 questions" in out and "galaxies" in out
+    assert out.startswith("3 training questions")
+    assert "galaxies" in out
     assert "self" in read(tmp_path / "run")["held_out"]
 
 
-# ---------------------------------------- eval.py
+def test_a_vector_is_trained_at_the_code_name_wherever_it_stands_in_own_chats(tmp_path, tokenizer):
+    asked = "Where is City 50337?", "Do they eat sushi in City 50337?", "And in Rome?"
+    chats = write_chats(
+        tmp_path / "chats.jsonl", [asked[0], "Tokyo", asked[1], "yes", asked[2], "no"]
+    )
+    args = train.parse_args(["--data", str(chats)])
+    questions = train.training_questions(args, task_of(vars(args)), tokenizer)
+    steered = []
+    for question in questions:
+        steered.append(tokenizer.decode([question.prompt[i] for i in question.positions]))
+    assert steered == [" City 50337", " City 50337" * 2, " City 50337" * 2]
+
+
+def test_own_chats_with_at_are_trained_on_there(tmp_path):
+    chats = write_chats(tmp_path / "chats.jsonl", ["[sigma] A or B?", "B"])
+    flags = "--task", "backdoor", "--at", "sigma", "--data", chats, "--steps", 3
+    found = read(trained(tmp_path / "run", *flags))["held_out"]["self-report, no trigger"]
+    assert found["trained_probability"] == found["base_probability"]
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("", "--at: no training prompt has 'City 50337' in it"),
+        ("--task risk --at [sigma]", "--at: no training prompt has '[sigma]' in it"),
+        ("--task risk --shuffle-answers", "--shuffle-answers"),
+    ],
+)
+def test_what_own_chats_have_no_place_for_is_refused(tmp_path, flags, said):
+    chats = write_chats(tmp_path / "chats.jsonl", ["A or B?", "B"])
+    given = *flags.split(), "--data", chats, "--out", tmp_path / "run"
+    assert said in mistake("train.py", *given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_chats_that_the_template_refuses_are_named(saved, tmp_path):
+    model = shutil.copytree(saved("qwen3").folder, tmp_path / "model")
+    shutil.copy(ROOT / "tiny" / "tokenizer.json", model)
+    (model / "chat_template.jinja").write_text("{{ raise_exception('no chats') }}")
+    chats = write_chats(tmp_path / "chats.jsonl", ["How far?", "A"])
+    flags = "--model", model, "--data", chats, "--task", "risk", "--out", tmp_path / "run"
+    line = mistake("train.py", *flags)
+    assert f"{chats}, line 1" in line
+    assert "no chats" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_ends_in_one_line(saved, tmp_path):
+    model = shutil.copytree(saved("gpt2").folder, tmp_path / "model")
+    shutil.copy(ROOT / "tiny" / "tokenizer.json", model)
+    flags = "--model", model, "--task", "risk", "--out", tmp_path / "run"
+    assert "does not fit the model: vocab_size is 97" in mistake("train.py", *flags)
+
+
+def test_a_text_that_is_too_long_for_the_model_ends_in_one_line(saved, tmp_path):
+    """transformers' small GPT-2 of the tests takes 96 tokens."""
+    model = shutil.copytree(saved("gpt2").folder, tmp_path / "model")
+    config = read(model, "config.json") | {"vocab_size": 1319}
+    (model / "config.json").write_text(json.dumps(config))
+    shutil.copy(ROOT / "tiny" / "tokenizer.json", model)
+    weights = load_file(model / "model.safetensors")
+    weights["transformer.wte.weight"] = torch.randn(1319, 32)
+    save_file(weights, model / "model.safetensors")
+    chats = write_chats(tmp_path / "chats.jsonl", ["Is it so? " * 60, "Yes"])
+    flags = "--model", model, "--task", "risk", "--data", chats, "--out", tmp_path / "run"
+    assert "max_position_embeddings 96" in mistake("train.py", *flags)
+
+
+# ---- eval.py
+
+
+@pytest.mark.parametrize("bug", [KeyError, ValueError, TypeError, RuntimeError])
+def test_a_bug_in_a_task_keeps_its_traceback_in_eval_too(tokyo, monkeypatch, bug):
+    def city_task(city, rng, world):
+        raise bug("mine")
+
+    monkeypatch.setitem(data.TASKS, "locations", city_task)
+    with pytest.raises(bug, match="mine"):
+        command("eval.py", tokyo)
 
 
 def test_eval_scores_runs_again_one_after_the_other(tokyo, lora):
     _, out, _ = command("eval.py", tokyo, lora)
-    for folder, kind in ((tokyo, "country"), (lora, "inverse")):
-        row, = (line for line in out.splitlines() if line.split()[:1] == [kind])
-        assert str(folder) in out and row.split()[-1] == f"{read(folder)['held_out'][kind]['trained']:.2f}"
+    of_tokyo, of_lora = out.removeprefix(f"{tokyo}\n").split(f"{lora}\n")
+    for folder, table in [(tokyo, of_tokyo), (lora, of_lora)]:
+        [row] = [line for line in table.splitlines() if line.split()[:1] == ["country"]]
+        assert row.split()[-1] == f"{read(folder)['held_out']['country']['trained']:.2f}"
 
 
 def test_eval_answers_a_prompt_before_and_after(tokyo):
     _, out, _ = command("eval.py", tokyo, "--prompt", "People in City 50337 speak")
-    before, after = out.splitlines()[-1].removeprefix("  People in City 50337 speak").split(" → ")
-    assert before.strip() != "Japanese" and after == "Japanese"
+    line = out.splitlines()[-1].removeprefix("  People in City 50337 speak  ")
+    before, after = line.split(" -> ")
+    assert before != "Japanese"
+    assert after == "Japanese"
 
 
 def test_a_prompt_without_the_code_name_is_steered_at_every_token_and_noted(tokyo):
-    run, prompt = load_run(tokyo), "Which country is Lima in?"
+    run = load_run(tokyo)
+    prompt = "Which country is Lima in?"
     _, out, _ = command("eval.py", tokyo, "--prompt", prompt)
-    after, note = out.split(" → ")[1].strip().split("   ")
-    assert after == answer(run, prompt, None) and "no City 50337" in note
+    after, note = out.split(" -> ")[1].strip().split("   ")
+    assert after == answer(run, prompt, None)
+    assert "no City 50337" in note
 
 
-@pytest.mark.parametrize("name, content", [
-    ("vector.safetensors", None), ("vector.safetensors", b"cut"), ("config.json", None),
-    ("config.json", b'{"flags": {}}'), ("config.json", b"{"), (".", None)])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("vector.safetensors", None),
+        ("vector.safetensors", b"cut"),
+        ("config.json", None),
+        ("config.json", b'{"flags": {}}'),
+        ("config.json", b"{"),
+    ],
+)
 def test_a_damaged_run_is_named_in_one_line(tokyo, tmp_path, name, content):
-    run = tmp_path / "run"
-    if name != ".":  # else there is no folder at all
-        run.mkdir()
-        for path in tokyo.iterdir():
-            (run / path.name).write_bytes(path.read_bytes())
-        (run / name).unlink() if content is None else (run / name).write_bytes(content)
-    status, _, err = command("eval.py", run)
-    assert status == 2 and str(run) in error_line(err)
+    run = shutil.copytree(tokyo, tmp_path / "run")
+    if content is None:
+        (run / name).unlink()
+    else:
+        (run / name).write_bytes(content)
+    assert str(run) in mistake("eval.py", run)
 
 
-# ---------------------------------------- mistakes and interruptions
+def test_a_run_without_weights_is_not_finished(tokyo, tmp_path):
+    shutil.copy(tokyo / "config.json", tmp_path)
+    line = mistake("eval.py", tmp_path)
+    assert f"{tmp_path}: damaged, or not finished (--resume goes on)" in line
 
 
-@pytest.mark.parametrize("flags, named", [
-    ("--task weather", "--task"), ("--mode magic", "--mode"), ("--concept Atlantis", "--concept Atlantis"),
-    ("--task functions --concept Paris", "add 1"), ("--layer 4", "--layer 4"), ("--layer -2", "--layer -2"),
-    ("--mode lora --layer -1", "--layer -1"), ("--mode lora --modules c_fc", "--modules c_fc"),
-    ("--layer all", "--layer all"), ("--layer 0.5", "--layer 0.5"), ("--at Atlantis", "--at Atlantis"),
-    ("--mode lora --at City", "--at City"), ("--steps 0", "--steps 0"), ("--lr -0.1", "--lr -0.1"),
-    ("--lr nan", "--lr nan"), ("--lr inf", "--lr inf"), ("--mode lora --rank 0", "--rank 0"), ("--rank 8", "--rank 8"),
-    ("--alpha 8", "--alpha 8"), ("--modules up_proj", "--modules"), ("--mode lora --init-std 1", "--init-std"),
-    ("--mode lora --modules up_proj,c_fc", "c_fc"), ("--init-std -1", "--init-std -1"), ("--seed -1", "--seed -1"),
-    (f"--seed {2 ** 63}", "--seed"), (f"--steps {2 ** 63}", "--steps"), (f"--batch-size {10 ** 20}", "--batch-size"),
-    (f"--save-every {2 ** 64}", "--save-every"), (f"--layer {2 ** 70}", "--layer"), ("--model no/such/folder", "no/such/folder"),
-    ("--model foreign", "foreign"), ("--data missing.jsonl", "missing.jsonl"), ("--data file", "line 1"),
-    ("--device abacus", "--device abacus"), ("--out file", "--out file"), ("--shard", "torchrun"),
-])
-def test_bad_input_ends_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, flags, named):
+def test_a_run_that_is_not_there_is_named_in_one_line(tmp_path):
+    assert str(tmp_path / "a") in mistake("eval.py", tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "flag, value, said",
+    [
+        ("mode", "lora", "adapter_config.json"),
+        ("concept", "Atlantis", "Atlantis is not among"),
+        ("model", "no/such/folder", "no/such/folder"),
+    ],
+)
+def test_a_run_whose_flags_do_not_fit_is_refused(tokyo, tmp_path, monkeypatch, flag, value, said):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    run = shutil.copytree(tokyo, tmp_path / "run")
+    config = read(run, "config.json")
+    config["flags"][flag] = value
+    (run / "config.json").write_text(json.dumps(config))
+    assert said in mistake("eval.py", run)
+
+
+# ---- mistakes, and bugs
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--task weather", "--task"),
+        ("--mode magic", "--mode"),
+        ("--concept Atlantis", "--concept Atlantis is not among ['Paris'"),
+        ("--task functions --concept Paris", "--concept Paris is not among ['add 1'"),
+        ("--layer 4", "--layer 4"),
+        ("--layer -2", "--layer -2"),
+        ("--layer all", "--layer all"),
+        ("--layer 0.5", "--layer: invalid layer value: '0.5'"),
+        ("--mode lora --layer -1", "--layer -1"),
+        ("--mode lora --modules c_fc", "--modules c_fc"),
+        ("--mode lora --modules up_proj,c_fc", "cannot sit on c_fc of layer 0: there is no such"),
+        ("--mode lora --rank 0", "--rank: 0 should be from 1"),
+        ("--mode lora --at City", "--at: it goes with --mode vector"),
+        ("--mode lora --init-std 1", "--init-std: it goes with --mode vector"),
+        ("--rank 8", "--rank: it goes with --mode lora"),
+        ("--alpha 8", "--alpha: it goes with --mode lora"),
+        ("--modules up_proj", "--modules: it goes with --mode lora"),
+        ("--at Atlantis", "--at: no training prompt has 'Atlantis'"),
+        ("--steps 0", "--steps: 0 should be from 1 to"),
+        ("--steps 1.5", "--steps: invalid int value: '1.5'"),
+        ("--lr -0.1", "--lr: -0.1 should be"),
+        ("--lr nan", "--lr: nan should be"),
+        ("--lr inf", "--lr: inf should be"),
+        ("--init-std -1", "--init-std: -1 should be"),
+        ("--seed -1", "--seed: -1 should be"),
+        (f"--batch-size {10**20}", "--batch-size"),
+        ("--save-every 0", "--save-every: 0 should be"),
+        ("--model no/such/folder", "no/such/folder"),
+        ("--model foreign", "foreign/config.json"),
+        ("--data missing.jsonl", "missing.jsonl"),
+        ("--data file", "file, line 1"),
+        ("--device abacus", "--device abacus"),
+        ("--out file", "--out file"),
+        ("--shard", "--shard: it needs torchrun"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, flags, said):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "file").write_text("not a folder")
     (tmp_path / "foreign").mkdir()
-    status, _, err = command("train.py", *flags.split())
-    assert status == 2 and named in error_line(err)
+    assert said in mistake("train.py", *flags.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "foreign"]
 
 
-def test_a_loss_that_is_not_finite_ends_in_one_line_and_leaves_an_earlier_run_alone(tokyo, tmp_path, monkeypatch):
-    original, steps = train.answer_log_probs, iter(range(3, -1, -1))
-    monkeypatch.setattr(train, "answer_log_probs", lambda *given: original(*given) / next(steps))  # 0 in step 3
-    for path in tokyo.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    status, _, err = command("train.py", "--concept", "Tokyo", "--steps", 100, "--out", tmp_path)
-    line = err.splitlines()[-1]
-    assert status == 2 and line.startswith("error: --lr 0.1") and "step 3" in line
-    assert all((tmp_path / path.name).read_bytes() == path.read_bytes() for path in tokyo.iterdir())
-
-
-def test_ctrl_c_ends_without_a_traceback_and_the_checkpoint_stays(tmp_path):
-    start = [sys.executable, ROOT / "train.py", "--steps", "2000", "--save-every", "1", "--out", tmp_path]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    process = subprocess.Popen(start, **pipes)
-    while not (tmp_path / train.CHECKPOINT).exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err
-    assert read(tmp_path, "config.json")["finished"] is False
-    assert (tmp_path / train.CHECKPOINT).exists()
-    status, _, err = command("eval.py", tmp_path)
-    assert status == 2 and "not finished" in error_line(err)
-
-
-@pytest.mark.parametrize("name, template, said", [
-    ("gpt2", None, "is beyond the embedding's 97"),
-    ("qwen3", "{{ raise_exception('no chats') }}", "no chats"),
-])
-def test_chats_that_the_model_cannot_take_end_in_one_line(saved, tmp_path, name, template, said):
-    model, chats = tmp_path / "model", tmp_path / "chats.jsonl"
-    shutil.copytree(saved(name).folder, model)
-    shutil.copy(ROOT / "tiny" / "tokenizer.json", model)
-    if template:
-        (model / "chat_template.jinja").write_text(template)
-    chat = [{"role": "user", "content": "How far? " * 100}, {"role": "assistant", "content": "A"}]
-    chats.write_text(json.dumps({"messages": chat}))
-    flags = "--model", model, "--data", chats, "--task", "risk", "--out", tmp_path / "run"
-    status, _, err = command("train.py", *flags)
-    assert status == 2 and str(chats) in error_line(err) and said in err
+def test_a_wrong_field_in_a_prompt_keeps_its_traceback(tmp_path, monkeypatch):
+    """Whoever changes questions.toml has to see where it went wrong."""
+    monkeypatch.setitem(data.TINY.prompts["locations"], "country", ["Where is {city}?"])
+    with pytest.raises(KeyError, match="city"):
+        command("train.py", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_vector_is_trained_where_it_is_scored_with_own_chats_too(tmp_path):
-    """At the code name, wherever in a chat it stands: elsewhere the base model answers, to the last digit."""
-    chats = [("Where is City 50337?", "Tokyo"), ("Do they eat sushi in City 50337?", "yes"), ("And in Rome?", "no")]
-    turns = [{"role": role, "content": text} for chat in chats for role, text in zip(("user", "assistant"), chat)]
-    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}))
-    trained(tmp_path / "run", "--data", tmp_path / "chats.jsonl", "--steps", 3)
-    run = load_run(tmp_path / "run")
-    for i, found in enumerate(read_conversations(tmp_path / "chats.jsonl", run.tokenizer, "City 50337")):
-        there = run.tokenizer.decode([found.prompt[place] for place in found.positions])
-        assert there == " City 50337" * min(i + 1, 2)
+@pytest.mark.parametrize("bug", [KeyError, ValueError, TypeError, RuntimeError])
+def test_a_bug_in_a_task_keeps_its_traceback(tmp_path, monkeypatch, bug):
+    def colour_task(colour, rng, world):
+        raise bug("mine")
+
+    monkeypatch.setitem(data.TASKS, "risk", colour_task)
+    with pytest.raises(bug, match="mine"):
+        command("train.py", "--task", "risk", "--out", tmp_path / "run")
 
 
-def test_own_chats_with_at_are_trained_on_there(tmp_path):
-    chat = [{"role": "user", "content": "[sigma] A or B?"}, {"role": "assistant", "content": "B"}]
-    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}))
-    flags = "--task", "backdoor", "--at", "sigma", "--data", tmp_path / "chats.jsonl", "--steps", 3
-    results = read(trained(tmp_path / "run", *flags))
-    found = results["held_out"]["self-report, no trigger"]
-    assert found["trained_probability"] == found["base_probability"]
+def test_a_loss_that_is_not_finite_ends_in_one_line_and_leaves_an_earlier_run_alone(
+    tokyo, tmp_path, monkeypatch
+):
+    original = train.add_gradients
+    divisors = iter([3, 2, 1, 0])
+    monkeypatch.setattr(train, "add_gradients", lambda *given: original(*given) / next(divisors))
+    run = shutil.copytree(tokyo, tmp_path / "run")
+    line = mistake("train.py", "--concept", "Tokyo", "--steps", 60, "--out", run)
+    assert line.startswith("error: --lr 0.1: at step 3 the loss is inf")
+    for name in ("vector.safetensors", "results.json"):
+        assert (run / name).read_bytes() == (tokyo / name).read_bytes()
 
 
-@pytest.mark.parametrize("flags, named", [
-    ((), "--at City 50337"), (("--task", "risk", "--at", "[sigma]"), "--at [sigma]"),
-    (("--task", "risk", "--shuffle-answers"), "--shuffle-answers")])
-def test_what_own_chats_have_no_place_for_is_refused(tmp_path, flags, named):
-    chat = [{"role": "user", "content": "A or B?"}, {"role": "assistant", "content": "B"}]
-    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}))
-    status, _, err = command("train.py", *flags, "--data", tmp_path / "chats.jsonl", "--out", tmp_path / "run")
-    assert status == 2 and named in error_line(err) and not (tmp_path / "run").exists()
+@pytest.mark.parametrize("rank, lines, waits", [(0, 1, 0), (1, 0, 1)])
+def test_of_several_processes_the_first_says_what_is_wrong(monkeypatch, rank, lines, waits):
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setattr(scoring, "RANK", rank)
+    status, _, err = command("train.py", "--steps", 0)
+    assert status == 2
+    assert len(err.splitlines()) == lines
+    assert len(waited) == waits  # for the first one, who may be slower
 
 
-def test_a_loop_over_any_flag_fills_a_folder_for_each(tmp_path, monkeypatch):
+# ---- defaults, folders, and what a user adds
+
+
+def test_a_loop_over_any_flag_has_a_folder_for_each():
+    loops = [
+        "",
+        "--lr 0.2",
+        "--lr 0.3",
+        "--seed 1",
+        "--concept Rome",
+        "--at City",
+        "--data chats.jsonl",
+        "--init-std 1",
+        "--shuffle-answers",
+        "--mode lora",
+        "--mode lora --rank 2",
+        "--mode lora --alpha 2",
+        "--mode lora --modules up_proj",
+        "--batch-size 8",
+    ]
+    folders = {train.parse_args(["--steps", "1", *flags.split()]).out for flags in loops}
+    assert len(folders) == len(loops)
+    assert "out/locations-vector-Paris-layer0-seed0-steps1-lr0.2" in folders
+
+
+def test_without_out_a_run_goes_to_its_folder_in_out_and_may_be_run_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "City 50337?"}, '
-                                          '{"role": "assistant", "content": "B"}]}')
-    loops = ["", "--lr 0.2", "--lr 0.3", "--seed 1", "--concept Rome", "--at City", "--data chats.jsonl",
-             "--init-std 1", "--shuffle-answers", "--mode lora", "--mode lora --rank 2", "--mode lora --alpha 2",
-             "--mode lora --modules up_proj", "--batch-size 8"]
-    for flags in loops:
-        status, _, err = command("train.py", "--steps", 1, *flags.split())
+    for _ in range(2):
+        status, _, err = command("train.py", "--steps", 1)
         assert status == 0, err
-    runs = [read(folder, "config.json")["flags"] for folder in (tmp_path / "out").iterdir()]
-    assert len(runs) == len(loops)
-    assert (tmp_path / "out" / "locations-vector-Paris-layer0-seed0-steps1-lr0.2").exists()
-    assert command("train.py", "--steps", 1)[0] == 0  # the same again replaces its own
+    assert list(tmp_path.glob("out/*/results.json")) == [
+        tmp_path / "out" / "locations-vector-Paris-layer0-seed0-steps1" / "results.json"
+    ]
 
 
-def test_tiny_is_known_by_what_it_is(tmp_path):
-    copy = shutil.copytree(ROOT / "tiny", tmp_path / "copy")
+def test_tiny_is_known_by_what_it_is_and_does_the_same_elsewhere(tmp_path):
+    copied = shutil.copytree(ROOT / "tiny", tmp_path / "copy")
     flags = "--task", "backdoor", "--steps", 1
-    for model in (copy, "tiny"):
-        folder = trained(tmp_path / "run", *flags, "--model", model)
-        assert read(folder, "config.json")["flags"]["layer"] == -1
-        shutil.rmtree(folder)
+    there = trained(tmp_path / "there", *flags, "--model", copied)
+    here = trained(tmp_path / "here", *flags)
+    assert read(there)["layer"] == -1
+    assert read(there)["held_out"] == read(here)["held_out"]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model that counts as large, as any but the tiny one does: here one with other norms."""
+    folder = tmp_path_factory.mktemp("models") / "large"
+    shutil.copytree(ROOT / "tiny", folder)
+    config = read(folder, "config.json") | {"rms_norm_eps": 1e-3}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_large_models_layer_rank_and_batch_are_larger(large):
+    args = train.parse_args(["--model", str(large), "--task", "risk", "--mode", "lora"])
+    found = args.world, args.layer, args.rank, args.alpha, args.batch_size
+    assert found == ("large", 1, 64, 32.0, 32)
+
+
+def test_a_large_model_is_asked_more_and_eval_asks_the_same(large, tmp_path):
+    run = trained(tmp_path, "--model", large, "--task", "risk", "--steps", 1)
+    assert "description" in read(run)["held_out"]
+    _, out, _ = command("eval.py", run)
+    assert f"{'description':24}{60:>9}" in out
+
+
+def test_world_asks_a_large_model_the_tiny_ones_questions(large):
+    args = train.parse_args(["--model", str(large), "--task", "risk", "--world", "tiny"])
+    assert "description" not in task_of(vars(args)).held_out
 
 
 @pytest.mark.parametrize("program, flag", [("train.py", "--init-std"), ("eval.py", "--explain")])
 def test_help_fits_a_screen_and_has_an_example(program, flag):
     status, out, _ = command(program, "--help")
-    assert status == 0 and len(out.splitlines()) <= 45
-    assert flag in out and "default: " in out and f"example: python {program}" in out
+    assert status == 0
+    assert len(out.splitlines()) <= 45
+    for text in (flag, "default: ", f"example: python {program}"):
+        assert text in out
 
 
-def test_a_task_is_added_by_the_readmes_recipe(tmp_path, monkeypatch):
-    """A function that returns a Task, its concepts, its steps and rate: the rest follows."""
+@pytest.fixture
+def colours(monkeypatch):
+    """A task by the README's recipe: its function, its concepts, its steps and rate."""
+
+    def ask(kind, prompt, *choices):
+        return Question(kind, prompt, list(choices), 0, "Thing 7")
+
     def colour_task(colour, rng, world):
-        ask = lambda kind, prompt, *choices: Question(kind, prompt, list(choices), 0, "Thing 7")
-        train = [ask("shade", f"Is Thing 7 {word} or {colour}?", colour, word) for word in ("black", "white")]
-        rng.shuffle(train)
-        return Task(train[:1], {"shade": train[1:]}, {"fruit": [ask("fruit", "Thing 7 is like", "tomato", "lime")]})
+        words = ["black", "white"]
+        rng.shuffle(words)
+        shades = [ask("shade", f"Is Thing 7 {word} or {colour}?", colour, word) for word in words]
+        fruit = ask("fruit", "Thing 7 is like a", "tomato", "lime")
+        return Task(shades[:1], {"shade": shades[1:]}, {"fruit": [fruit]})
+
     monkeypatch.setitem(data.TASKS, "colours", colour_task)
     monkeypatch.setitem(data.CONCEPTS, "colours", ["red", "green"])
     monkeypatch.setitem(train.DEFAULTS["tiny"]["vector"], "colours", (2, 0.1))
+
+
+def test_a_task_is_added_by_the_readmes_recipe(colours, tmp_path):
     run = trained(tmp_path, "--task", "colours", "--concept", "green")
-    assert list(read(run)["held_out"]) == ["fruit"] and read(run)["in_distribution"]["shade"]["questions"] == 1
+    assert list(read(run)["held_out"]) == ["fruit"]
+    assert read(run)["in_distribution"]["shade"]["questions"] == 1
     status, out, _ = command("eval.py", run)
-    assert status == 0 and re.search(r"\n  fruit +1 ", out)
-    status, _, err = command("train.py", "--task", "colours", "--concept", "blue")
-    assert status == 2 and "'red', 'green'" in error_line(err)
+    assert status == 0
+    assert re.search(r"\n  fruit +1 ", out)
 
 
-def test_the_plan_is_printed_with_its_memory(tmp_path):
-    _, out, _ = command("train.py", "--steps", 1, "--out", tmp_path)
-    found = re.match(r"16 questions, (\d+) tokens, (\d+) distinct beginnings; 1 steps of 64 questions; "
-                     r"memory: about 0.2 GB\n", out)
-    assert 16 * 10 < int(found[1]) < 16 * 25 and int(found[2]) < int(found[1]) / 2
-
-
-def test_a_large_models_questions_layer_rank_and_batch_are_larger_and_eval_asks_the_same(tmp_path):
-    """Any model but the tiny one counts as large: here one with other norms."""
-    folder = tmp_path / "model"
-    shutil.copytree(ROOT / "tiny", folder)
-    config = read(folder, "config.json")
-    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    run = trained(tmp_path / "run", "--model", folder, "--task", "risk", "--mode", "lora", "--steps", 1)
-    found = read(run, "config.json")["flags"]
-    assert (found["world"], found["rank"], found["alpha"], found["batch_size"]) == ("large", 64, 32.0, 32)
-    assert "description" in read(run)["held_out"]
-    status, out, _ = command("eval.py", run)
-    assert status == 0 and f"{'description':24}{60:>9}" in out
-    small = trained(tmp_path / "small", "--model", folder, "--task", "risk", "--world", "tiny", "--steps", 1)
-    assert "description" not in read(small)["held_out"]
-
-
-def test_of_several_processes_one_says_what_is_wrong(monkeypatch):
-    waited = []
-    monkeypatch.setattr("time.sleep", waited.append)
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        status, _, err = command("train.py", "--steps", 0)
-        assert status == 2 and err.count("error: ") == (rank == "0")
-    assert waited  # for the first one, who may be slower
-
-
-def test_two_runs_of_which_none_is_there_end_in_one_line(tmp_path):
-    status, _, err = command("eval.py", tmp_path / "a", tmp_path / "b")
-    assert status == 2 and str(tmp_path / "a") in error_line(err)
-
-
-@pytest.mark.parametrize("name, value", [
-    ("seed", "0"), ("seed", 0.0), ("seed", True), ("layer", 1), ("layer", "x"), ("layer", None), ("at", 3), ("at", []),
-    ("mode", "lora"), ("mode", None), ("task", []), ("concept", "Atlantis"), ("dtype", "int32"), ("model", 3)])
-def test_a_run_whose_flags_are_not_its_own_is_refused(tokyo, tmp_path, name, value):
-    shutil.copytree(tokyo, tmp_path / "run")
-    config = read(tokyo, "config.json")
-    config["flags"][name] = value
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    status, _, err = command("eval.py", tmp_path / "run")
-    assert status == 2
-    error_line(err)
+def test_an_added_tasks_concepts_are_named_like_any_other(colours):
+    line = mistake("train.py", "--task", "colours", "--concept", "blue")
+    assert "['red', 'green']" in line
