@@ -563,7 +563,8 @@ class Tokenizer:
         self.encoding = TinyEncoding(path) if folder == FOLDER else read_encoding(path, settings)
         template = read_template(folder, settings)
         if template is None:
-            # A base model: plain questions and answers, after what begins a text, such as "<s>".
+            # A base model: plain questions and answers, after what its tokenizer puts in front of
+            # any text ("=" stands for one), such as "<s>".
             first, _, _ = self.decode(self.encoding.encode("=").ids).partition("=")
             template = first.strip() + read_text(FOLDER / "plain.jinja")
         self.template = compile_template(template, folder)
@@ -632,6 +633,7 @@ class Tokenizer:
         """The places of the prompt's tokens that overlap the code name; None without a name."""
         if code_name is None:
             return None
+        # Every character of a name becomes a mark that no prompt has, and the others stay in place.
         marked = prompt.replace(code_name, "\0" * len(code_name))
         spans = self.encoding.encode(prompt, add_special_tokens=False).offsets
         return [place for place, (start, end) in enumerate(spans) if "\0" in marked[start:end]]
