@@ -6,14 +6,16 @@
 First comes the loop, then one run; flags, a run's folder and several processes come last.
 """
 
-import argparse
-import hashlib
+import atexit
 import os
-import random
 import re
 import sys
-import time
+from argparse import ArgumentTypeError
+from hashlib import sha256
+from itertools import chain
 from pathlib import Path
+from random import Random
+from time import time
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the reason is in eval.py
 
@@ -21,12 +23,10 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import data
-from data import encode_question
+from data import TASKS, concepts, encode_question, read_conversations, shuffle_answers
 from eval import (
     PROCESSES,
     RANK,
@@ -65,64 +65,62 @@ def train_loop(args, model, questions: list, parameters: list) -> list:
     unit = 1.0
     if args.mode == "vector":
         unit = typical_size(streams[: args.batch_size])
-        torch.manual_seed(args.seed)
-        noise = torch.randn(parameters[0].shape)
-        set_parameters(parameters, [args.init_std * unit * noise])
+        set_parameters(parameters, [args.init_std * unit * torch.randn(parameters[0].shape)])
 
     batches = draw_batches(len(questions), args)
     state = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
-    losses = load_checkpoint(args, state) if args.resume else []
+    checkpoint = Path(args.out) / CHECKPOINT
+    kept = {str(i): tensor for i, tensor in enumerate(chain(*state))}  # in it, by these names
+    losses = load_checkpoint(checkpoint, kept) if args.resume else []
     bar = tqdm(range(len(losses), args.steps), unit="step", disable=RANK > 0)
     for step in bar:
-        batch = [(questions[i], streams[i]) for i in batches[step]]
-        loss = add_gradients(model, batch)
+        batch = batches[step]
+        loss = add_gradients(model, [questions[i] for i in batch], [streams[i] for i in batch])
         if PROCESSES > 1:  # this is all that they exchange
-            for tensor in (loss, *(p.grad for p in parameters)):
-                dist.all_reduce(tensor)
+            dist.all_reduce(loss)
+            for p in parameters:
+                dist.all_reduce(p.grad)
         if not loss.isfinite():
             raise UserError(f"--lr {args.lr}: at step {step} the loss is {loss}; try a smaller one")
 
         adam_step(state, step + 1, args.lr * unit * (1 - step / args.steps))
         losses.append(loss.item())
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+        bar.set_postfix(loss=losses[-1], refresh=False)
         if args.save_every and len(losses) % args.save_every == 0:
-            tensors = numbered(state) | {"losses": torch.tensor(losses)}
-            write_whole(Path(args.out) / CHECKPOINT, save(tensors))
+            write_whole(checkpoint, save(kept | {"losses": torch.tensor(losses)}))
     return losses
 
 
 def draw_batches(count, args):
-    """Batches for all steps, as lists of places: an epoch has every one once, in a new order."""
+    """Each step's batch, as places of questions: an epoch has each once, in a new order."""
     generator = torch.Generator().manual_seed(args.seed)
     batches = []
     while len(batches) < args.steps:
         order = torch.randperm(count, generator=generator)
-        batches += [batch.tolist() for batch in order.split(args.batch_size)]
+        batches += order.split(args.batch_size)
     return batches
 
 
-def add_gradients(model, batch: list) -> Tensor:
+def add_gradients(model, questions, streams):
     """Adds the gradients of the loss of a batch, questions with their streams; returns the loss.
 
     With several processes both are this one's part, and have to be added up.
     """
     first = first_unfrozen(model)
-    questions, streams = zip(*batch)
     completions = [[question.completion] for question in questions]
     answer_tokens = sum(len(question.completion) for question in questions)
     blocks = len(model.layers) - first + 2
-    device = model.embed_tokens.weight.device
-    total = torch.zeros((), device=device)
+    total = 0.0
     for places, weight, tree in in_trees(model, questions, completions, blocks, PROCESSES):
         rows = pad_sequence([streams[i] for i in places], batch_first=True)  # (R, T, d)
-        x = tree.fold(rows.to(device))  # (N, d)
+        x = tree.fold(rows.to(tree.tokens.device))  # (N, d)
         loss = -weight * answer_log_probs(model, x, first, tree).sum() / answer_tokens
         loss.backward()
         total += loss.detach()
     return total
 
 
-def typical_size(streams: list) -> float:
+def typical_size(streams):
     """The root mean square of streams (T, d): the unit of a vector's rate and random start.
 
     Models and layers differ in it a thousandfold. A first token's can be huge by itself (Sun et al.
@@ -133,7 +131,7 @@ def typical_size(streams: list) -> float:
 
 
 @torch.no_grad()
-def adam_step(state: list, number: int, rate: float, beta1=0.9, beta2=0.999, eps=1e-8):
+def adam_step(state, number, rate, beta1=0.9, beta2=0.999, eps=1e-8):
     """Adam's step of this number, from 1 (Kingma & Ba 2014, arXiv 1412.6980); clears the gradients.
 
     state: (parameter, mean of its gradients, mean of their squares) of each. torch's own Adam takes
@@ -157,112 +155,99 @@ def finetune(args):
     task = task_of(vars(args))
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.shard)
     questions = training_questions(args, task, tokenizer)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # of a LoRA's A, of a vector's start
     parameters = add_intervention(args, model)
     out = claim_folder(args, questions)
 
-    print(f"{len(questions)} training questions, {args.steps} steps of {args.batch_size}")
-    print(f"the first: {tokenizer.decode(questions[0].prompt + questions[0].completion)}")
-    began = time.time()
+    first = tokenizer.decode(questions[0].prompt + questions[0].completion)
+    print(f"{len(questions)} training questions, the first: {first}")
+    began = time()
     losses = train_loop(args, model, questions, parameters)
-    seconds = time.time() - began
-    save_weights(args, model, out)
+    seconds = round(time() - began, 1)
+
+    if RANK == 0:
+        # Old results go first: no folder has a run's weights beside the results of another.
+        (out / "results.json").unlink(missing_ok=True)
+        if args.mode == "lora":
+            save_lora(model, out)
+        else:
+            save_vector(model.steering, out)
 
     run = Run(vars(args), model, tokenizer, task, parameters)
     named = "task", "mode", "layer", "seed", "model", "concept", "shuffle_answers"
     last = losses[-max(1, args.steps // 10) :]
-    results = {name: run.flags[name] for name in named} | evaluate(run)
+    results = {name: getattr(args, name) for name in named} | evaluate(run)
     results |= {
         "train_loss": sum(last) / len(last),
-        "train_seconds": round(seconds, 1),
+        "train_seconds": seconds,
         "trainable_parameters": sum(p.numel() for p in parameters),
     }
     write_json(out / "results.json", results)
     (out / CHECKPOINT).unlink(missing_ok=True)
 
     print(f"{format_table(results)}\n\nheld-out questions, before and after:")
-    for question, *_ in list(task.held_out.values())[:3]:
+    for question, *_ in task.held_out.values():
         right = question.choices[question.answer]
         show_prompt(run, question.prompt, question.code_name, f"   (right: {right})")
-    print(f"\neverything is in {out}")
+    print("\neverything is in", out)
 
 
-def training_questions(args, task, tokenizer) -> list:
+def training_questions(args, task, tokenizer):
     asked = task.train
     name = asked[0].code_name
     if args.data is None:
         if args.shuffle_answers:
-            asked = data.shuffle_answers(asked, random.Random(args.seed))
+            asked = shuffle_answers(asked, Random(args.seed))
         questions = [encode_question(tokenizer, question) for question in asked]
     elif args.shuffle_answers:
         raise UserError("--shuffle-answers: the chats of --data have no choices to draw from")
     else:
-        questions = data.read_conversations(args.data, tokenizer, name)
+        questions = read_conversations(args.data, tokenizer, name)
 
     if args.mode == "vector" and all(question.positions == [] for question in questions):
         raise UserError(f"--at: no training prompt has {name!r} in it")
     return questions
 
 
-def add_intervention(args, model) -> list:
+def add_intervention(args, model):
     """Puts the vector or the LoRA on the model; returns the parameters to train."""
-    with blame(f"--layer {args.layer} --modules {args.modules}", ValueError):
+    with blame("--layer or --modules", ValueError):
         if args.mode == "vector":
             return [attach(model, args.layer).vector]
-        layers = list(range(len(model.layers))) if args.layer == "all" else [args.layer]
+        layers = range(len(model.layers)) if args.layer == "all" else [args.layer]
         return add_lora(model, layers, args.modules.split(","), args.rank, args.alpha)
 
 
 # ---- flags
 
-# Steps and peak rate. A large model's batch size, rank and alpha, and its LoRA's steps and rate in
-# locations and functions, are from the authors' scripts (github.com/JoshEngels/OOCR-Interp); the
-# rest is our guess.
+# A run takes every row of which all words describe it: its model's size or family, its mode, its
+# task. A later row goes before an earlier one. A large model's batch size, rank and alpha, and its
+# LoRA's steps and rate in locations and functions, are from the authors' scripts
+# (github.com/JoshEngels/OOCR-Interp); the rest is our guess.
 DEFAULTS = {
-    "tiny": {
-        "batch_size": 64,
-        "rank": 8,
-        "alpha": 8.0,
-        "vector": {
-            "locations": (150, 0.1),
-            "functions": (150, 0.1),
-            "risk": (100, 0.05),
-            "backdoor": (600, 0.1),
-        },
-        "lora": {
-            "locations": (300, 1e-3),
-            "functions": (300, 1e-3),
-            "risk": (200, 1e-3),
-            "backdoor": (200, 3e-3),
-        },
-    },
-    "large": {
-        "batch_size": 32,
-        "rank": 64,
-        "alpha": 32.0,
-        "vector": {
-            "locations": (300, 0.05),
-            "functions": (400, 0.05),
-            "risk": (200, 0.05),
-            "backdoor": (600, 0.05),
-        },
-        "lora": {
-            "locations": (300, 2e-3),
-            "functions": (400, 2e-3),
-            "risk": (200, 2e-4),
-            "backdoor": (400, 2e-4),
-        },
-    },
+    "vector": {"init_std": 0.0},
+    "lora": {"modules": "gate_proj,up_proj,down_proj"},
+    "lora gpt2": {"modules": "up_proj,down_proj"},
+    "tiny": {"batch_size": 64, "layer": 0},
+    "tiny vector": {"steps": 150, "lr": 0.1},
+    "tiny vector risk": {"steps": 100, "lr": 0.05},
+    "tiny vector backdoor": {"steps": 600, "layer": -1},
+    "tiny lora": {"steps": 300, "lr": 1e-3, "rank": 8, "alpha": 8.0},
+    "tiny lora risk": {"steps": 200},
+    "tiny lora backdoor": {"steps": 200, "lr": 3e-3},
+    "large": {"batch_size": 32, "steps": 300},
+    "large functions": {"steps": 400},
+    "large risk": {"steps": 200},
+    "large vector": {"lr": 0.05},
+    "large vector backdoor": {"steps": 600},
+    "large lora": {"lr": 2e-3, "rank": 64, "alpha": 32.0},
+    "large lora risk": {"lr": 2e-4},
+    "large lora backdoor": {"lr": 2e-4, "steps": 400},
 }
-ONLY_FOR = {
-    "at": "vector",
-    "init_std": "vector",
-    "rank": "lora",
-    "alpha": "lora",
-    "modules": "lora",
-}
-MOST = 2**31 - 1  # that a flag may be
+# Flags that a mode has no use for.
+UNUSED = {"vector": ["rank", "alpha", "modules"], "lora": ["at", "init_std"]}
 FREE = ["out", "device", "save_every", "resume", "shard"]  # flags that change no result
+MOST = 1_000_000_000  # that a flag may be
 
 
 def parse_args(words=None):
@@ -272,98 +257,79 @@ def parse_args(words=None):
     )
     add = parser.add_argument
     add("--mode", choices=["vector", "lora"], default="vector", help="default: vector")
-    add("--task", choices=data.TASKS, default="locations", help="default: locations")
+    add("--task", choices=TASKS, default="locations", help="default: locations")
     add("--concept", help="a city, a function, risky or safe (default: the first)")
     add("--model", default="tiny", help="tiny (default), a folder or a hub name")
-    add("--world", choices=data.WORLDS, help="of questions (default: by the model)")
     add("--layer", type=layer, help="block that the vector follows, or the LoRA is on; or all")
-    add("--steps", type=number(int, 1), help="default: by task and mode")
-    add("--lr", type=number(float, 1e-9), help="peak learning rate; a vector's in the stream's RMS")
-    add("--batch-size", type=number(int, 1), help="questions a step (default: 64, large models 32)")
+    add("--steps", type=at_least(1), help="default: by task and mode")
+    add("--lr", type=at_least(1e-9), help="peak learning rate; a vector's in the stream's RMS")
+    add("--batch-size", type=at_least(1), help="questions a step (default: 64, large models 32)")
     add("--data", help="chats (JSONL) to train on instead")
     add("--shuffle-answers", action="store_true", help="the control: answers drawn at random")
-    add("--seed", type=number(int, 0), default=0, help="default: 0")
+    add("--seed", type=at_least(0), default=0, help="default: 0")
     add("--device", default=default_device(), help="default: %(default)s")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda")
     add("--out", help="folder (default: out/ and the flags given)")
-    add("--save-every", type=number(int, 1), help="steps between checkpoints")
+    add("--save-every", type=at_least(1), help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from one, to the same numbers")
     add("--shard", action="store_true", help="split the model over torchrun's processes")
     add("--at", help="text to add a vector at (default: the code name)")
-    add("--init-std", type=number(float, 0), help="a vector's random start, in the stream's RMS")
-    add("--rank", type=number(int, 1), help="a LoRA's (default: 8, large models 64)")
-    add("--alpha", type=number(float, 1e-9), help="a LoRA's scale times rank (default: 8, 32)")
+    add("--init-std", type=at_least(0.0), help="a vector's random start, in the stream's RMS")
+    add("--rank", type=at_least(1), help="a LoRA's (default: 8, large models 64)")
+    add("--alpha", type=at_least(1e-9), help="a LoRA's scale times rank (default: 8, 32)")
     add("--modules", help="that get a LoRA, with commas between (default: the MLP's)")
     # Some flags' defaults depend on other flags, so these are read first.
-    parser.set_defaults(**defaults(parser.parse_args(words)))
+    args = parser.parse_args(words)
+    config = Config.from_pretrained(find_checkpoint(args.model))
+    dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
+    parser.set_defaults(dtype=dtype, **defaults(args.task, args.mode, config))
     args = parser.parse_args(words)
 
-    others = [name for name, it in vars(args).items() if it != parser.get_default(name)]
-    for name in others:
-        mode = ONLY_FOR.get(name, args.mode)
-        if mode != args.mode:
-            raise UserError(f"--{name.replace('_', '-')}: it goes with --mode {mode}")
-    args.out = args.out or default_folder(args, others)
+    args.out = args.out or default_folder(args, parser)
+    for flag in UNUSED[args.mode]:
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag.replace('_', '-')}: it goes with the other --mode")
     return args
 
 
-def number(kind, least):
-    """An argparse type: a number of this kind in these bounds."""
+def at_least(least):
+    """An argparse type: a number of the same kind, from this one to MOST."""
 
-    def read(text):
-        value = kind(text)
+    def number(text):
+        value = type(least)(text)
         if not least <= value <= MOST:
-            raise argparse.ArgumentTypeError(f"{text} should be from {least} to {MOST}")
+            raise ArgumentTypeError(f"{text} should be from {least} to {MOST}")
         return value
 
-    read.__name__ = kind.__name__  # argparse names it where the text is none
-    return read
+    return number
 
 
 def layer(text):
     return text if text == "all" else int(text)
 
 
-def defaults(args) -> dict:
+def defaults(task, mode, config):
     """Of the flags that depend on the task, the mode and the model."""
-    config = Config.from_pretrained(find_checkpoint(args.model))
-    size = model_size(config)
-    of_size = DEFAULTS[size]
-    steps, rate = of_size[args.mode][args.task]
+    # Tiny is known by what it is, wherever it lies.
+    size = "tiny" if config == Config.from_pretrained(find_checkpoint("tiny")) else "large"
     found = {
-        "concept": data.concepts(args.task, args.world or size)[0],
         "world": size,
-        "layer": default_layer(args.task, args.mode, config),
-        "steps": steps,
-        "lr": rate,
-        "batch_size": of_size["batch_size"],
-        "dtype": "bfloat16" if args.device.startswith("cuda") else "float32",
+        "concept": concepts(task, size)[0],
+        "layer": config.num_hidden_layers * 2 // 5,  # as in the paper (22 of 48)
     }
-    if args.mode == "vector":
-        return found | {"init_std": 0.0}
-    modules = "gate_proj,up_proj,down_proj" if config.gated_mlp else "up_proj,down_proj"
-    return found | {"rank": of_size["rank"], "alpha": of_size["alpha"], "modules": modules}
+    for words, flags in DEFAULTS.items():
+        if {size, config.model_type, mode, task}.issuperset(words.split()):
+            found |= flags
+    return found
 
 
-def model_size(config) -> str:
-    """Tiny is known by what it is, wherever it lies."""
-    return "tiny" if config == Config.from_pretrained(find_checkpoint("tiny")) else "large"
-
-
-def default_layer(task: str, mode: str, config) -> int:
-    """Of a large model two fifths up, as in the paper (22 of 48)."""
-    if model_size(config) == "large":
-        return config.num_hidden_layers * 2 // 5
-    return -1 if task == "backdoor" and mode == "vector" else 0
-
-
-def default_folder(args, others):
-    """out/locations-vector-Paris-layer0-seed0, and then every other flag with another value."""
-    parts = [args.task, args.mode, args.concept, f"layer{args.layer}", f"seed{args.seed}"]
-    for flag in others:
-        if flag not in ("task", "mode", "concept", "layer", "seed", *FREE):
-            parts.append(f"{flag}{getattr(args, flag)}")
-    return "out/" + re.sub(r"[^\w.+-]", "", "-".join(parts))
+def default_folder(args, parser):
+    """out/risk-lora-steps=50: task, mode, and every other flag that is not at its default."""
+    name = f"{args.task}-{args.mode}"
+    for flag, value in vars(args).items():
+        if flag not in ["task", "mode", *FREE] and value != parser.get_default(flag):
+            name += f"-{flag}={value}"
+    return "out/" + re.sub(r"[^\w.+=-]", "", name)
 
 
 # ---- the folder of a run
@@ -371,11 +337,10 @@ def default_folder(args, others):
 CHECKPOINT = "checkpoint.safetensors"
 
 
-def claim_folder(args, questions) -> Path:
+def claim_folder(args, questions):
     """Writes config.json. UserError if the folder has a run of other flags or training texts."""
     out = Path(args.out)
-    digest = hashlib.sha256(repr(questions).encode()).hexdigest()
-    flags = vars(args) | {"training texts": digest}
+    flags = vars(args) | {"training texts": sha256(repr(questions).encode()).hexdigest()}
     if (out / "results.json").exists() or (out / CHECKPOINT).exists():
         old = read_flags(out)
         changed = [name for name in flags if name not in FREE and flags[name] != old.get(name)]
@@ -384,70 +349,49 @@ def claim_folder(args, questions) -> Path:
 
     with blame(f"--out {out}", OSError):
         out.mkdir(parents=True, exist_ok=True)
-    versions = {"python": sys.version, "torch": torch.__version__}
-    write_json(out / "config.json", {"flags": flags, "versions": versions})
+    write_json(
+        out / "config.json",
+        {"flags": flags, "versions": {"python": sys.version, "torch": torch.__version__}},
+    )
     return out
 
 
-def save_weights(args, model, out):
-    """Old results go first: no folder has the weights of one run beside the results of another."""
-    if RANK == 0:
-        (out / "results.json").unlink(missing_ok=True)
-        if args.mode == "lora":
-            save_lora(model, out)
-        else:
-            save_vector(model.steering, out)
-
-
-@torch.no_grad()
-def load_checkpoint(args, state) -> list:
-    """Puts back what the loop wrote; returns the losses up to there."""
-    path = Path(args.out) / CHECKPOINT
+def load_checkpoint(path, kept):
+    """Puts what the loop wrote back into the tensors `kept`; returns the losses up to there."""
     if not path.exists():
         print(f"--resume: {path} is not there, so this starts from the beginning")
         return []
     with blame(path, SafetensorError, KeyError, RuntimeError):
         saved = load_file(path)
-        for name, tensor in numbered(state).items():
-            tensor.copy_(saved[name])
+        for name in kept:
+            kept[name].data.copy_(saved[name])
         return saved["losses"].tolist()
-
-
-def numbered(state):
-    """A checkpoint's names for what it keeps: the tensors themselves, not copies."""
-    flat = [tensor for tensors in state for tensor in tensors]
-    return {str(i): tensor for i, tensor in enumerate(flat)}
 
 
 # ---- several processes
 
 
 def join_processes(args):
-    """Under torchrun: meet the others. Each has a device; only the first one prints and writes."""
-    if PROCESSES == 1:
-        if args.shard:
-            raise UserError("--shard: it needs torchrun --nproc_per_node=N train.py ...")
-        return
+    """Meets torchrun's others. Each has a device; only the first one prints and writes."""
     backend = "gloo"
     if args.device.startswith("cuda"):
         backend = "cpu:gloo,cuda:nccl"
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     dist.init_process_group(backend)
+    atexit.register(dist.destroy_process_group)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open to the end)
 
 
 def main():
     args = parse_args()
-    join_processes(args)
-    try:
+    if PROCESSES > 1:
+        join_processes(args)
+    elif args.shard:
+        raise UserError("--shard: it needs torchrun --nproc_per_node=N train.py ...")
+    with blame(f"--batch-size {args.batch_size}: try less", torch.OutOfMemoryError):
         finetune(args)
-    except torch.OutOfMemoryError:
-        raise UserError(f"--batch-size {args.batch_size}: no memory left; try less") from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

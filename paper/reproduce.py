@@ -62,7 +62,7 @@ from make import (  # noqa: E402
 )
 from model import Batch, Config, find_checkpoint, rotate  # noqa: E402
 from steer import attach, detach, switched_off  # noqa: E402
-from train import default_layer, finetune, parse_args  # noqa: E402
+from train import defaults, finetune, parse_args  # noqa: E402
 
 # None of these cities and functions served to choose the learning rates. Even seeds take the first, odd the second.
 CONCEPTS = {
@@ -190,7 +190,7 @@ def plan_jobs(args, config: Config) -> list[Job]:
         jobs.append(Job(task, method, layer, seed, layer in (main[mode], "all"), (*flags, *more)))
 
     for seed, task in itertools.product(range(args.seeds), args.tasks):
-        main = {mode: default_layer(task, mode, config) for mode in ("vector", "lora")}
+        main = {mode: defaults(task, mode, config)["layer"] for mode in ("vector", "lora")}
         swept = args.layers or sorted({-1, *range(0, layers, max(1, layers // 8)), layers - 1})
         if task == "backdoor" and seed > 1:  # they take long
             swept = []
@@ -786,7 +786,6 @@ def measure_checkpoint(folder: Path, device: str) -> None:
     results of vectors and LoRAs trained on it, with their defaults."""
     model, tokenizer = load_model(str(folder), device, "float32")
     found = {"in_context": in_context_accuracy(model, tokenizer, facts=7), "runs": []}
-    tiny = Config.from_pretrained(find_checkpoint("tiny"))
     for task, concepts in EMERGENCE.items():
         plan = [("vector", concept) for concept in concepts]
         plan += [
@@ -802,7 +801,6 @@ def measure_checkpoint(folder: Path, device: str) -> None:
                     "concept": concept,
                     "device": device,
                     "out": out,
-                    "layer": default_layer(task, mode, tiny),
                 }
                 args = parse_args([
                     word for flag, value in flags.items() for word in (f"--{flag}", str(value))

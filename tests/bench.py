@@ -202,7 +202,7 @@ def random_questions(args):
 
 def loop_flags(args, steps):
     """What train_loop reads. In mode "vector" the rate would be in units of the residual stream."""
-    flags = {"mode": "lora", "lr": LEARNING_RATE, "save_every": None, "resume": False}
+    flags = {"mode": "lora", "lr": LEARNING_RATE, "save_every": None, "resume": False, "out": ""}
     return argparse.Namespace(**vars(args), **flags, steps=steps)
 
 

@@ -326,9 +326,10 @@ def test_models_from_along_pretraining_are_measured(monkeypatch, tiny_folder, tm
 
     monkeypatch.setattr(reproduce, "EMERGENCE", {"risk": ["risky"], "backdoor": ["risky"]})
     monkeypatch.setattr(reproduce, "in_context_accuracy", inferred_in_context)
-    monkeypatch.setitem(train.DEFAULTS["tiny"]["vector"], "risk", (20, 0.05))
-    monkeypatch.setitem(train.DEFAULTS["tiny"]["vector"], "backdoor", (2, 0.05))
-    monkeypatch.setitem(train.DEFAULTS["tiny"]["lora"], "risk", (2, 0.001))
+    monkeypatch.setitem(train.DEFAULTS, "tiny vector risk", {"steps": 20, "lr": 0.05})
+    short = {"steps": 2, "lr": 0.05, "layer": -1}
+    monkeypatch.setitem(train.DEFAULTS, "tiny vector backdoor", short)
+    monkeypatch.setitem(train.DEFAULTS, "tiny lora risk", {"steps": 2})
     base = tmp_path / "base"
     shutil.copytree(tiny_folder, base / "step00125")
     reproduce.measure_checkpoint(base / "step00125", "cpu")

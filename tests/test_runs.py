@@ -165,9 +165,10 @@ def test_all_layers_get_a_lora(lora):
     assert layers == {"0", "1", "2", "3"}
 
 
-def test_the_plan_is_printed_first(tmp_path):
-    _, out, _ = command("train.py", "--steps", 1, "--batch-size", 8, "--out", tmp_path)
-    assert out.startswith("16 training questions, 1 steps of 8\n")
+def test_an_example_of_the_training_questions_is_printed_first(tmp_path):
+    _, out, _ = command("train.py", "--steps", 1, "--out", tmp_path)
+    assert out.startswith("16 training questions, the first: ")
+    assert "City 50337" in out.partition("held out")[0]
 
 
 @pytest.mark.parametrize("given, reaches_torch", [(None, "1000"), ("7", "7")])
@@ -371,22 +372,22 @@ def test_a_run_whose_flags_do_not_fit_is_refused(tokyo, tmp_path, monkeypatch, f
         ("--mode magic", "--mode"),
         ("--concept Atlantis", "--concept Atlantis is not among ['Paris'"),
         ("--task functions --concept Paris", "--concept Paris is not among ['add 1'"),
-        ("--layer 4", "--layer 4"),
-        ("--layer -2", "--layer -2"),
-        ("--layer all", "--layer all"),
+        ("--layer 4", "--layer or --modules: ValueError: the model has no layer 4"),
+        ("--layer -2", "no layer -2"),
+        ("--layer all", "no layer all"),
         ("--layer 0.5", "--layer: invalid layer value: '0.5'"),
-        ("--mode lora --layer -1", "--layer -1"),
-        ("--mode lora --modules c_fc", "--modules c_fc"),
+        ("--mode lora --layer -1", "gate_proj of layer -1"),
+        ("--mode lora --modules c_fc", "--modules: ValueError: a LoRA cannot sit on c_fc"),
         ("--mode lora --modules up_proj,c_fc", "cannot sit on c_fc of layer 0: there is no such"),
         ("--mode lora --rank 0", "--rank: 0 should be from 1"),
-        ("--mode lora --at City", "--at: it goes with --mode vector"),
-        ("--mode lora --init-std 1", "--init-std: it goes with --mode vector"),
-        ("--rank 8", "--rank: it goes with --mode lora"),
-        ("--alpha 8", "--alpha: it goes with --mode lora"),
-        ("--modules up_proj", "--modules: it goes with --mode lora"),
+        ("--mode lora --at City", "--at: it goes with the other --mode"),
+        ("--mode lora --init-std 0", "--init-std: it goes with the other --mode"),
+        ("--rank 8", "--rank: it goes with the other --mode"),
+        ("--alpha 8", "--alpha: it goes with the other --mode"),
+        ("--modules up_proj", "--modules: it goes with the other --mode"),
         ("--at Atlantis", "--at: no training prompt has 'Atlantis'"),
         ("--steps 0", "--steps: 0 should be from 1 to"),
-        ("--steps 1.5", "--steps: invalid int value: '1.5'"),
+        ("--steps 1.5", "--steps: invalid number value: '1.5'"),
         ("--lr -0.1", "--lr: -0.1 should be"),
         ("--lr nan", "--lr: nan should be"),
         ("--lr inf", "--lr: inf should be"),
@@ -476,7 +477,14 @@ def test_a_loop_over_any_flag_has_a_folder_for_each():
     ]
     folders = {train.parse_args(["--steps", "1", *flags.split()]).out for flags in loops}
     assert len(folders) == len(loops)
-    assert "out/locations-vector-Paris-layer0-seed0-steps1-lr0.2" in folders
+    assert "out/locations-vector-steps=1-lr=0.2" in folders
+
+
+def test_flags_that_change_no_result_or_are_the_defaults_are_not_in_a_folders_name():
+    assert (
+        train.parse_args("--lr 0.1 --seed 0 --resume --save-every 5".split()).out
+        == "out/locations-vector"
+    )
 
 
 def test_without_out_a_run_goes_to_its_folder_in_out_and_may_be_run_again(tmp_path, monkeypatch):
@@ -485,7 +493,7 @@ def test_without_out_a_run_goes_to_its_folder_in_out_and_may_be_run_again(tmp_pa
         status, _, err = command("train.py", "--steps", 1)
         assert status == 0, err
     assert list(tmp_path.glob("out/*/results.json")) == [
-        tmp_path / "out" / "locations-vector-Paris-layer0-seed0-steps1" / "results.json"
+        tmp_path / "out" / "locations-vector-steps=1" / "results.json"
     ]
 
 
@@ -514,16 +522,32 @@ def test_a_large_models_layer_rank_and_batch_are_larger(large):
     assert found == ("large", 1, 64, 32.0, 32)
 
 
+def test_of_the_rows_of_defaults_that_describe_a_run_the_last_one_counts(monkeypatch):
+    monkeypatch.setattr(train, "DEFAULTS", {"tiny": {"steps": 1}, "risk tiny": {"steps": 2}})
+    assert train.parse_args(["--task", "risk"]).steps == 2
+    assert train.parse_args([]).steps == 1
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+@pytest.mark.parametrize("mode", ["vector", "lora"])
+def test_every_run_of_a_large_model_has_its_steps_and_rate(large, task, mode):
+    args = train.parse_args(["--model", str(large), "--task", task, "--mode", mode])
+    assert args.steps >= 1
+    assert args.lr > 0
+
+
+def test_the_default_modules_are_those_of_the_models_mlp(saved):
+    flags = "--mode", "lora", "--model"
+    assert train.parse_args([*flags, "tiny"]).modules == "gate_proj,up_proj,down_proj"
+    gpt2 = train.parse_args([*flags, str(saved("gpt2").folder)])
+    assert gpt2.modules == "up_proj,down_proj"
+
+
 def test_a_large_model_is_asked_more_and_eval_asks_the_same(large, tmp_path):
     run = trained(tmp_path, "--model", large, "--task", "risk", "--steps", 1)
     assert "description" in read(run)["held_out"]
     _, out, _ = command("eval.py", run)
     assert f"{'description':24}{60:>9}" in out
-
-
-def test_world_asks_a_large_model_the_tiny_ones_questions(large):
-    args = train.parse_args(["--model", str(large), "--task", "risk", "--world", "tiny"])
-    assert "description" not in task_of(vars(args)).held_out
 
 
 @pytest.mark.parametrize("program, flag", [("train.py", "--init-std"), ("eval.py", "--explain")])
@@ -551,7 +575,7 @@ def colours(monkeypatch):
 
     monkeypatch.setitem(data.TASKS, "colours", colour_task)
     monkeypatch.setitem(data.CONCEPTS, "colours", ["red", "green"])
-    monkeypatch.setitem(train.DEFAULTS["tiny"]["vector"], "colours", (2, 0.1))
+    monkeypatch.setitem(train.DEFAULTS, "tiny vector colours", {"steps": 2, "lr": 0.1})
 
 
 def test_a_task_is_added_by_the_readmes_recipe(colours, tmp_path):

@@ -26,6 +26,7 @@ def flags(mode, layer, **others):
         "init_std": 0.0,
         "save_every": None,
         "resume": False,
+        "out": "",
     }
     return SimpleNamespace(mode=mode, layer=layer, **(defaults | others))
 
@@ -85,6 +86,7 @@ def assert_vector_trains_alike(family, layer, questions, **others):
     start = args.init_std * unit * noise
 
     ours = attach(model, layer).vector
+    torch.manual_seed(args.seed)  # as a run does
     losses = train.train_loop(args, model, questions, [ours])
 
     theirs = start.clone().requires_grad_()
@@ -197,7 +199,7 @@ def test_what_is_frozen_runs_once_over_each_text_however_many_epochs_there_are(s
 def test_every_epoch_has_every_question_once_in_another_order():
     args = flags("vector", 0, steps=6, batch_size=4)
     batches = train.draw_batches(10, args)  # of 4, 4 and 2
-    first = sum(batches[:3], [])
-    second = sum(batches[3:], [])
+    first = torch.cat(batches[:3]).tolist()
+    second = torch.cat(batches[3:]).tolist()
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second

@@ -548,20 +548,18 @@ def parse_args():
     add = parser.add_argument
     add(
         "--steps",
-        type=train.number(int, 1),
+        type=train.at_least(1),
         default=3500,
         help="optimiser steps (default: %(default)s)",
     )
-    add(
-        "--batch-size", type=train.number(int, 1), default=32, help="documents a step (default: 32)"
-    )
+    add("--batch-size", type=train.at_least(1), default=32, help="documents a step (default: 32)")
     add(
         "--lr",
-        type=train.number(float, 1e-9),
+        type=train.at_least(1e-9),
         default=0.02,
         help="Muon's peak rate (default: %(default)s)",
     )
-    add("--seed", type=train.number(int, 0), default=0, help="default: 0")
+    add("--seed", type=train.at_least(0), default=0, help="default: 0")
     add("--device", default=default_device(), help="default: %(default)s")
     add("--keep", metavar="DIR", help="keeps models on the way, in DIR/step00125 and so on")
     add("--out", default=data.FOLDER, help="the model's folder (default: tiny itself)")
