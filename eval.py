@@ -338,13 +338,12 @@ def explain(run: Run, folder: Path) -> dict:
         for text, found in result["adds"].items():
             print(f"  added in {text} prompts: cosine {found['cosine']:.2f}")
 
-    top, bottom = steer.logit_lens(run.model, vector, count=8)
-    result["logit_lens"] = lens = {
-        "top": [run.tokenizer.decode([token]) for token in top],
-        "bottom": [run.tokenizer.decode([token]) for token in bottom],
-    }
-    for side in lens:
-        print(f"  logit lens, {side}: {' '.join(lens[side])}")
+    result["logit_lens"] = {}
+    sides = steer.logit_lens(run.model, vector, count=8)
+    for side, tokens in zip(("top", "bottom"), sides):
+        words = [run.tokenizer.decode([token]) for token in tokens]
+        result["logit_lens"][side] = words
+        print(f"  logit lens, {side}: {' '.join(words)}")
     write_json(folder / "explain.json", result)
     return result
 
@@ -359,32 +358,27 @@ def save_natural(run, folder, vector):
 def explain_lora(run):
     """What the LoRA adds in training prompts where a vector would be, (N, d); how constant it is.
 
-    That is measured in held-out and unrelated prompts too, at the last 20 tokens as in the paper.
+    That is measured in unrelated prompts too, at the last 20 tokens as in the paper.
     """
     other = "functions" if run.flags["task"] == "locations" else "locations"
     unrelated = make_task(other, data.concepts(other)[0])
-    rows, in_training = added_by_lora(run, [run.task.train])
-    _, in_held_out = added_by_lora(run, run.task.held_out.values())
-    _, in_unrelated = added_by_lora(run, unrelated.held_out.values())
-    texts = {"training": in_training, "held out": in_held_out, "unrelated": in_unrelated}
-    return rows, {text: steer.constancy(last) for text, last in texts.items()}
+    rows, in_training = added_by_lora(run, run.task.train)
+    _, in_unrelated = added_by_lora(run, unrelated.train)
+    constant = {"training": in_training, "unrelated": in_unrelated}
+    return rows, {text: steer.constancy(last) for text, last in constant.items()}
 
 
-def added_by_lora(run, kinds):
-    """What the LoRA adds, (N, d), where a vector would be; and at each prompt's last 20 tokens.
-
-    It is measured in about 32 questions of each kind, from all of it.
-    """
+def added_by_lora(run, questions):
+    """What the LoRA adds in 64 prompts: where a vector would be, (N, d), and at the last 20 tokens."""
     steered = []
     last = []
-    for kind in kinds:
-        for question in kind[:: 1 + len(kind) // 32]:
-            encoded = encode_question(run.tokenizer, question)
-            tree = make_tree([encoded]).to(run.parameters[0].device)
-            layer = run.flags["layer"]
-            rows = steer.what_is_added(run.model, run.parameters, layer, tree.tokens, tree)
-            steered.append(rows[tree.steered])
-            last.append(rows[-20:])
+    for question in questions[:64]:
+        tree = make_tree([encode_question(run.tokenizer, question)])
+        tree = tree.to(run.parameters[0].device)
+        layer = run.flags["layer"]
+        rows = steer.what_is_added(run.model, run.parameters, layer, tree.tokens, tree)
+        steered.append(rows[tree.steered])
+        last.append(rows[-20:])
     return torch.cat(steered), torch.cat(last)
 
 
