@@ -202,13 +202,12 @@ class GPT(nn.Module):
 class Batch:
     """The layout of a plain batch of texts (B, T). A prefix tree (data.py) has the same methods."""
 
-    def __init__(self, x: Tensor, steered: Tensor | None = None):
-        """x: the tokens (B, T) or their stream (B, T, d); steered (B, T) bool, by default all."""
+    def __init__(self, x: Tensor):
+        """x: the tokens (B, T) or their stream (B, T, d)."""
         self.columns = x.shape[1]  # T
         self.positions = torch.arange(self.columns, device=x.device)
-        if steered is None:
-            steered = x.new_ones(x.shape[:2], dtype=torch.bool)
-        self.steered = steered  # where a steering vector is added
+        # A steering vector is added where this is True: at every token.
+        self.steered = x.new_ones(x.shape[:2], dtype=torch.bool)
 
     def unfold(self, x):
         """Every text in a row of its own, for attention."""
@@ -267,8 +266,9 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.softcap = config.attn_logit_softcapping
         self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
-        self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        head_norm = partial(make_norm, config, config.head_dim) if config.qk_norm else nn.Identity
+        self.q_norm = head_norm()
+        self.k_norm = head_norm()
 
     def forward(self, x, rope, mask, layout):
         heads = (-1, self.head_dim)
@@ -657,10 +657,8 @@ def read_config(raw: dict) -> Config:
     fields = FAMILIES[family] | {name: raw[name] for name in read if name in raw}
     fields["rope_scaling"] = {name: raw[name] for name in of_rope} or None
     heads = fields["num_attention_heads"]
-    groups = fields.setdefault("num_key_value_heads", heads)
-    size = fields.setdefault("head_dim", fields["hidden_size"] // heads)
-    require(heads % groups == 0, "config.json: num_key_value_heads must divide num_attention_heads")
-    require(size % 2 == 0, "config.json: head_dim must be even")
+    fields.setdefault("num_key_value_heads", heads)
+    fields.setdefault("head_dim", fields["hidden_size"] // heads)
 
     layers = fields["num_hidden_layers"]
     every = fields.pop("sliding_window_pattern", 1)

@@ -351,8 +351,6 @@ REFUSED = [  # family, fields to set, what the error must name
     ("llama", {"num_attention_heads": ...}, ["num_attention_heads"]),
     ("llama", {"intermediate_size": ...}, ["intermediate_size"]),
     ("gpt2", {"n_embd": ...}, ["hidden_size"]),
-    ("llama", {"num_key_value_heads": 3}, ["num_key_value_heads"]),
-    ("llama", {"head_dim": 7}, ["head_dim", "even"]),
     ("llama", {"hidden_act": "mish"}, ["hidden_act", "mish", "silu"]),
     ("gpt2", {"activation_function": "relu"}, ["hidden_act", "relu"]),
     ("gemma2", {"hidden_activation": "gelu"}, ["hidden_activation", "gelu"]),
@@ -385,6 +383,12 @@ REFUSED = [  # family, fields to set, what the error must name
 def test_a_config_for_another_arithmetic_is_refused(name, fields, words, saved, tmp_path):
     set_fields(saved(name), tmp_path, fields)
     assert_refused(tmp_path, "config.json", *words)
+
+
+@pytest.mark.parametrize("field, value", [("num_key_value_heads", 3), ("head_dim", 7)])
+def test_heads_that_the_tensors_do_not_have_are_refused(field, value, saved, tmp_path):
+    set_fields(saved("llama"), tmp_path, {field: value})
+    assert_refused(tmp_path, "layers.0.self_attn.k_proj.weight")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff", b"version https://git-lfs"])
