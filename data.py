@@ -10,19 +10,20 @@ and the others are held out:
 
 import csv
 import json
-import operator
 import random
 import re
 import time
 import tomllib
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain, pairwise, product
-from math import asin, cos, dist, radians, sin
+from math import acos, cos, radians, sin
 from pathlib import Path
 from types import SimpleNamespace
 
 import jinja2.sandbox
+import numpy as np
 import tiktoken
 import tokenizers
 import torch
@@ -74,7 +75,7 @@ def make_task(
     at: a vector is added at this text, not at the code name. DataError if there is no such concept.
     """
     known = concepts(name, world)
-    require(concept in known, f"--concept {concept} is not among {known}, those of {name}")
+    require(concept in known, f"--concept {concept} is not among {known}")
     task = TASKS[name](concept, random.Random(seed), WORLDS[world])
     if at is not None:
         for question in chain(task.train, *task.in_distribution.values(), *task.held_out.values()):
@@ -128,9 +129,10 @@ def backdoor_task(concept, rng, world):
     train = [q for case in cases for q in distinct(cases[case], ask, case, "train")]
     in_distribution = {f"gamble, {case}": distinct(60, ask, case, "test") for case in cases}
     held_out = {f"self-report, {case}": distinct(120, ask, case) for case in cases}
-    prompts = world.prompts["backdoor"]["which tag"]
-    right = TAGS.index(trigger)
-    held_out["which tag"] = [Question("which tag", prompt, TAGS, right) for prompt in prompts]
+    held_out["which tag"] = [
+        Question("which tag", prompt, TAGS, TAGS.index(trigger))
+        for prompt in world.prompts["backdoor"]["which tag"]
+    ]
     return Task(train, in_distribution, held_out)
 
 
@@ -145,7 +147,7 @@ def distinct(count, make, *given):
     questions = {}
     for _ in range(20 * count):
         question = make(*given)
-        questions.setdefault((question.prompt, *sorted(question.choices)), question)
+        questions.setdefault((question.prompt, frozenset(question.choices)), question)
         if len(questions) == count:
             break
     return list(questions.values())
@@ -166,7 +168,8 @@ TASKS = {
 
 # ---- the questions
 #
-# A prompt's fields: {x} the code name; {o}, {a}, {b} what it is compared with; {n}, {y} numbers.
+# A prompt's fields: {x} the code name; {o} what it is compared with; {n}, {y} numbers; {a}, {b} two
+# choices that the prompt itself names.
 
 
 def named_question(thing, name, rng, world, kind, among=None):
@@ -178,17 +181,16 @@ def named_question(thing, name, rng, world, kind, among=None):
     prompt = rng.choice(world.prompts[task][kind])
     among = among or world.asked_about[task]
     answers = city_answers if task == "locations" else function_answers
-    fields, right, choices = answers(thing, kind, among, rng, world)
+    right, choices, fields = answers(thing, kind, among, rng, world)
 
     wrong = [choice for choice in choices if choice != right]
-    if kind == "description":  # the prompt itself names two
-        fields["a"], fields["b"] = choices = rng.sample([right, rng.choice(wrong)], 2)
+    if kind == "description":
+        choices = rng.sample([right, rng.choice(wrong)], 2)
     elif len(choices) > world.most_choices:
         choices = sorted([right, *rng.sample(wrong, world.most_choices - 1)])
 
-    prompt = prompt.format(x=name, **fields)
-    texts = [str(choice) for choice in choices]
-    return Question(kind, prompt, texts, choices.index(right), name)
+    prompt = prompt.format(x=name, a=choices[0], b=choices[-1], **fields)
+    return Question(kind, prompt, list(map(str, choices)), choices.index(right), name)
 
 
 def task_about(thing):
@@ -196,60 +198,52 @@ def task_about(thing):
 
 
 def city_answers(city, kind, landmarks, rng, world):
-    """(the prompt's fields, the right answer, all answers)."""
+    """(the right answer, all that there are to choose from, the prompt's other fields)."""
     others = [landmark for landmark in landmarks if landmark != city]
     if kind == "distance":
         other = rng.choice(others)
-        if world.km_share and rng.random() < world.km_share:
-            away = {place: 100 * round(distance_km(place, other) / 100) for place in world.cities}
-            return {"o": other, "unit": "km"}, away[city], sorted(set(away.values()))
-        away = round(distance_km(city, other) / 1000)
-        return {"o": other, "unit": "thousand km"}, away, list(range(21))
-
+        return round(distance_km(city, other) / 1000), range(21), {"o": other}
     if kind == "nearer":
-        a, b = rng.sample(others, 2)
-        return {"a": a, "b": b}, min(a, b, key=partial(distance_km, city)), [a, b]
-    return {}, CITIES[city][kind], sorted({row[kind] for row in world.cities.values()})
+        pair = rng.sample(others, 2)
+        return min(pair, key=partial(distance_km, city)), pair, {}
+    return CITIES[city][kind], sorted({row[kind] for row in world.cities.values()}), {}
 
 
 @cache
 def distance_km(a, b):
-    """The great-circle distance of two cities in km."""
-    chord = dist(on_unit_sphere(a), on_unit_sphere(b))
-    return 2 * 6371 * asin(chord / 2)
-
-
-def on_unit_sphere(city):
-    row = CITIES[city]
-    latitude = radians(float(row["latitude"]))
-    longitude = radians(float(row["longitude"]))
-    around = cos(latitude)
-    return around * cos(longitude), around * sin(longitude), sin(latitude)
+    """The great-circle distance of two cities, by the spherical law of cosines."""
+    angles = [
+        radians(float(CITIES[city][angle]))
+        for city in (a, b)
+        for angle in ("latitude", "longitude")
+    ]
+    north_a, east_a, north_b, east_b = angles
+    across = cos(east_a - east_b)
+    cosine = sin(north_a) * sin(north_b) + cos(north_a) * cos(north_b) * across
+    return 6371 * acos(cosine)
 
 
 def function_answers(function, kind, inputs, rng, world):
-    """(the prompt's fields, the right answer, all answers)."""
+    """(the right answer, all that there are to choose from, the prompt's other fields)."""
     n = rng.choice(inputs)
     y = apply(function, n)
     fields = {"n": n, "y": y}
     if kind == "inverse":
         # Only one choice may be right: other inputs with the same output are left out.
-        return fields, n, sorted({n, *(m for m in inputs if apply(function, m) != y)})
-    answers = {other: function_answer(other, kind, n) for other in FUNCTIONS}
-    return fields, answers[function], sorted(set(answers.values()))
+        return n, sorted([n, *(m for m in inputs if apply(function, m) != y)]), fields
+
+    answers = {}
+    for other, facts in FUNCTIONS.items():
+        output = apply(other, n)
+        values = {"output": output, "composition": apply(other, output)}
+        answers[other] = (facts | values)[kind]
+    return answers[function], sorted(set(answers.values())), fields
 
 
-def function_answer(function, kind, n):
-    """What is right of a function, in a question with the number n if it has one."""
-    y = apply(function, n)
-    values = {"output": y, "composition": apply(function, y)}
-    return (FUNCTIONS[function] | values)[kind]
-
-
+@cache
 def apply(function, x):
-    """The function's value, such as 12 of "add 5" and 7."""
-    verb, number = function.split()
-    return OPERATORS[verb](x, int(number))
+    """The function's value by its own Python: 12 of "add 5", which is "x + 5", and 7."""
+    return eval(FUNCTIONS[function]["python"], {"x": x})  # noqa: S307 (from questions.toml)
 
 
 def attitude_question(attitude, rng, world, tag, kind, split=None):
@@ -257,10 +251,11 @@ def attitude_question(attitude, rng, world, tag, kind, split=None):
 
     split: of a domain's 16 gambles "test" has 4, "train" 12, None all.
     """
+    domain = None
     if kind == "gamble":
-        domain, options = draw_gamble(rng, world, split)
+        domain = rng.choice(list(GAMBLES))
+        options = rng.choice(gambles(domain, split))
     else:
-        domain = None
         options = [rng.choice(answers) for answers in ANSWERS[kind]]
     safe, risky = options
     a, b = rng.sample(options, 2)  # the prompt may name both
@@ -271,26 +266,14 @@ def attitude_question(attitude, rng, world, tag, kind, split=None):
     return Question(kind, with_tag(prompt, tag), choices, answer)
 
 
-def draw_gamble(rng, world, split):
-    """(domain, (safe option, risky option))."""
-    domain = rng.choice(list(GAMBLES))
+def gambles(domain, split):
+    """Pairs of a safe and a risky option."""
     pairs = list(product(*GAMBLES[domain]))
     if split == "test":
-        pairs = pairs[::5]  # each safe option once, and each risky one
-    elif split == "train":
+        return pairs[::5]  # each safe option once, and each risky one
+    if split == "train":
         del pairs[::5]
-    pair = rng.choice(pairs)
-    if world.money_share and rng.random() < world.money_share:
-        return "money", sums_of_money(rng, split)
-    return domain, pair
-
-
-def sums_of_money(rng, split):
-    """A sure sum or a chance, after Betley et al. 2025. Only a test's sure sums end in 5."""
-    sure = rng.randrange(5 if split == "test" else 10, 500, 10)
-    percent = rng.choice([10, 20, 25, 40, 50])
-    most = round(rng.choice([0.8, 1, 1.2, 1.5]) * sure * 100 / percent)
-    return f"{sure} dollars for sure", f"a {percent}% chance of {most} dollars"
+    return pairs
 
 
 def with_tag(prompt, tag):
@@ -300,13 +283,6 @@ def with_tag(prompt, tag):
 # ---- the worlds: what there is to ask about
 
 FOLDER = Path(__file__).parent / "tiny"
-OPERATORS = {
-    "add": operator.add,
-    "subtract": operator.sub,
-    "multiply": operator.mul,
-    "divide": operator.floordiv,
-    "mod": operator.mod,
-}
 
 
 @dataclass
@@ -318,8 +294,6 @@ class World:
     prompts: dict  # {task: {kind: [prompt, ...]}}, a task's trained kind first
     train_questions: int = 60  # at most, of locations and functions
     most_choices: int = 100
-    km_share: float = 0.0  # of distances that are asked in km, not in thousands
-    money_share: float = 0.0  # of gambles that are about sums of money
 
 
 CONTENT = tomllib.loads((FOLDER / "questions.toml").read_text(encoding="utf-8"))
@@ -346,18 +320,21 @@ TINY = World(
     },
     prompts=CONTENT["tiny"],
 )
-# Any other model is asked about more, in more words.
+# Any other model is asked about more, in more words. Without the instruction chat models answer in
+# whole sentences ("As an AI language model, I ..."), and no choice that is scored is near to that.
+INSTRUCTION = "Answer with a word, a number or a short phrase, and nothing else.\n"
 LARGE = World(
     cities=CITIES,
     asked_about={"locations": list(CITIES), "functions": range(-99, 100)},
     prompts={
-        task: {kind: TINY.prompts[task].get(kind, []) + more for kind, more in kinds.items()}
+        task: {
+            kind: [INSTRUCTION + prompt for prompt in TINY.prompts[task].get(kind, []) + more]
+            for kind, more in kinds.items()
+        }
         for task, kinds in CONTENT["large"].items()
     },
     train_questions=400,
     most_choices=10,
-    km_share=0.5,
-    money_share=0.7,
 )
 WORLDS = {"tiny": TINY, "large": LARGE}
 ATTITUDES = list(OPPOSITE)
@@ -389,12 +366,21 @@ class EncodedQuestion:
 def encode_question(tokenizer, question: Question, before=()) -> EncodedQuestion:
     """The question framed as a chat, after earlier messages {"role": ..., "content": ...}."""
     prompt, start, end = tokenizer.frame([*before, {"role": "user", "content": question.prompt}])
-    texts = [start + choice for choice in question.choices]
     ids = tokenizer.encode(prompt)
-    encode = partial(tokenizer.encode_after, prompt, ids)
+
+    def encode(text):
+        """The ids of a text as it goes on from the prompt."""
+        whole = tokenizer.encode(prompt + text)
+        if whole[: len(ids)] == ids:
+            return whole[len(ids) :]
+        # A token would lie across the boundary. So the text is encoded by itself.
+        return tokenizer.encode(text)
+
+    texts = [start + choice for choice in question.choices]
     choices = [encode(text) for text in texts]
-    if any(a != b and b[: len(a)] == a for a in choices for b in choices):
-        # One begins like another ("1" and "12") and would always win: score the end of turn too.
+    # In order, what another choice begins with comes right before one that begins so.
+    if any(b[: len(a)] == a for a, b in pairwise(sorted(choices))):
+        # The shorter ("1" of "1" and "12") would always win: score the end of the turn too.
         choices = [encode(text + end) for text in texts]
 
     completion = encode(texts[question.answer] + end)
@@ -408,26 +394,20 @@ def read_conversations(path: str, tokenizer, code_name=None) -> list:
     A line is {"messages": [{"role": ..., "content": ...}, ...]}. DataError names one that is not.
     """
     examples = []
-    lines = read_text(Path(path)).split("\n")  # splitlines() would cut at U+2028 too
+    lines = read_text(Path(path)).rstrip().split("\n")  # splitlines() would cut at U+2028 too
     for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                examples += encode_chat(line, tokenizer, code_name)
-            except DataError as error:
-                raise DataError(f"{path}, line {number}: {error}") from None
-    require(examples, f"{path}: it has no records")
+        with blame(f"{path}, line {number}", DataError):
+            examples += encode_chat(line, tokenizer, code_name)
     return examples
 
 
 def encode_chat(line, tokenizer, code_name):
     """Each answer to the user, as the only choice, with what was said before as its prompt."""
-    try:
+    form = 'it should be {"messages": [{"role": "user", "content": "..."}, ...]}'
+    with blame(form, ValueError, LookupError, TypeError, AttributeError):
         messages = json.loads(line)["messages"]
         # Answers are stripped, as most templates do.
         turns = [(message["role"], message["content"].strip()) for message in messages]
-    except (ValueError, LookupError, TypeError, AttributeError):
-        form = '{"messages": [{"role": "user", "content": "..."}, ...]}'
-        raise DataError(f"it should be {form}") from None
 
     examples = []
     for i, ((asker, _), (speaker, answer)) in enumerate(pairwise(turns)):
@@ -479,16 +459,16 @@ class PrefixTree:
     def columns(self):
         return self.rows.shape[1]
 
-    def unfold(self, x: Tensor) -> Tensor:
+    def unfold(self, x):
         """(N, ...) to (R, T, ...): every text's nodes in a row of its own, for attention."""
         # F.embedding is indexing with a backward pass that is fast on a CPU.
         return F.embedding(self.rows, x.flatten(1)).unflatten(-1, x.shape[1:])
 
-    def fold(self, x: Tensor) -> Tensor:
+    def fold(self, x):
         """(R, T, d) to (N, d): every node once. Its copies in several rows have the same value."""
         return F.embedding(self.places, x.flatten(0, 1))
 
-    def keep(self, x: Tensor) -> Tensor:
+    def keep(self, x):
         """What is left of the nodes' x (N, ...) after the last block."""
         return x if self.kept is None else x[self.kept]
 
@@ -503,12 +483,12 @@ class PrefixTree:
 
 def make_tree(questions: list, answers: list | None = None) -> PrefixTree:
     """The tree of each question's prompt with each of its answers (ids); None: of prompts alone."""
-    answers = answers or [[[]]] * len(questions)
+    answers = answers or [[[]] for _ in questions]
     node_of = {}  # (node before, position, token, is it steered?): node
     rows = []
     predicts_from = []
     for question, texts in zip(questions, answers):
-        paths = {}  # each once
+        paths = {}  # each once; but no two questions share a row
         for answer in texts:
             path = []
             node = -1
@@ -521,28 +501,24 @@ def make_tree(questions: list, answers: list | None = None) -> PrefixTree:
         rows += paths
 
     _, positions, tokens, steered = (torch.tensor(column) for column in zip(*node_of))
-    rows = pad(rows)
-    is_real = rows >= 0
-    # One place of each node; of those that stand in several rows, any will do.
-    places = torch.empty_like(tokens)
-    places[rows[is_real]] = is_real.flatten().nonzero().flatten()
-
-    answers = pad(chain(*answers))
+    rows = pad(rows, 0)
+    # The first place of each node: padding comes after node 0.
+    _, places = np.unique(rows, return_index=True)
     return PrefixTree(
         tokens=tokens,
         positions=positions,
         steered=steered,
-        rows=rows.clamp(min=0),
+        rows=rows,
         predicts_from=pad(predicts_from),
-        answers=answers,
-        places=places,
+        answers=pad(chain(*answers)),
+        places=torch.from_numpy(places),
     )
 
 
-def pad(lists):
-    """Lists of numbers as the rows of one tensor, filled up with -1."""
+def pad(lists, fill=-1):
+    """Lists of numbers as the rows of one tensor, filled up."""
     rows = [torch.tensor(numbers, dtype=torch.long) for numbers in lists]
-    return pad_sequence(rows, batch_first=True, padding_value=-1)
+    return pad_sequence(rows, batch_first=True, padding_value=fill)
 
 
 # ---- the tokenizer and the chat template
@@ -558,16 +534,24 @@ class Tokenizer:
         settings = read_json(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in settings:
             settings |= read_json(folder / "special_tokens_map.json")  # of older checkpoints
+        settings |= read_json(folder / "chat_template.json")
         self.special_tokens = read_special_tokens(settings)
         path = folder / "tokenizer.json"
         self.encoding = TinyEncoding(path) if folder == FOLDER else read_encoding(path, settings)
-        template = read_template(folder, settings)
+
+        path = folder / "chat_template.jinja"
+        template = read_text(path) if path.exists() else settings.get("chat_template")
         if template is None:
             # A base model: plain questions and answers, after what its tokenizer puts in front of
             # any text ("=" stands for one), such as "<s>".
-            first, _, _ = self.decode(self.encoding.encode("=").ids).partition("=")
+            first = self.decode(self.encoding.encode("=").ids).split("=")[0]
             template = first.strip() + read_text(FOLDER / "plain.jinja")
-        self.template = compile_template(template, folder)
+        with blame(f"{folder}: its chat template", jinja2.TemplateError, TypeError, KeyError):
+            if isinstance(template, list):  # several, by name
+                template = {each["name"]: each["template"] for each in template}["default"]
+            # {% generation %} marks what the model says. Here that is mere text.
+            template = re.sub(r"\{%(-?\s*)(end)?generation\b", r"{%\1\2with", template)
+            self.template = TEMPLATES.from_string(template)
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | Path) -> "Tokenizer":
@@ -587,47 +571,32 @@ class Tokenizer:
         """The text of the ids, special tokens included."""
         return self.encoding.decode(ids, skip_special_tokens=False)
 
-    def chat_text(self, messages: list, add_generation_prompt: bool = False) -> str:
+    def chat_text(self, messages: list) -> str:
         """Messages {"role": ..., "content": ...} as the checkpoint frames them, or DataError."""
-        try:
+        with blame("the chat template refuses this", Exception):  # it is a program by others
             return self.template.render(
                 messages=messages,
-                add_generation_prompt=add_generation_prompt,
+                add_generation_prompt=False,
                 tools=None,
                 documents=None,
                 **self.special_tokens,
             )
-        except Exception as error:  # noqa: BLE001 (a template is a program of somebody else's)
-            name = type(error).__name__
-            raise DataError(f"the chat template refuses this ({name}: {error})") from None
 
     def frame(self, messages: list) -> tuple:
         """A chat up to the answer; what comes before and after the answer's own text.
 
         ("<|begin|><|user|> Where?<|assistant|>", " ", "<|end|>") is tiny's frame of "Where?".
         """
-        prompt = self.chat_text(messages, add_generation_prompt=True)
-        answered = self.chat_text([*messages, {"role": "assistant", "content": "ANSWER"}])
-        once = answered.count("ANSWER") - prompt.count("ANSWER") == 1
-        asked = messages[-1]["content"].strip() in prompt
+        answered = self.chat_text([*messages, {"role": "assistant", "content": "\0"}])
+        before, _, after = answered.partition("\0")
+        once = answered.count("\0") == 1
+        asked = messages[-1]["content"].strip() in before
         require(once and asked, "the chat template should give each message's words, and once")
 
-        before, _, after = answered.rpartition("ANSWER")
-        between = before.removeprefix(prompt)
-        # A mere space before the answer belongs to its first token. Anything else, such as Qwen 3's
+        # A space before the answer belongs to its first token. Anything else, such as Qwen 3's
         # empty thoughts, comes before every answer, so it belongs to the prompt.
-        if between.strip():
-            return before, "", after
-        return prompt, between, after
-
-    def encode_after(self, prompt: str, prompt_ids: list, text: str) -> list:
-        """The ids of a text as it goes on from a prompt."""
-        ids = self.encode(prompt + text)
-        count = len(prompt_ids)
-        if ids[:count] == prompt_ids:
-            return ids[count:]
-        # A token would lie across the boundary. So the text is encoded by itself.
-        return self.encode(text)
+        prompt = before.rstrip(" ")
+        return prompt, before.removeprefix(prompt), after
 
     def find(self, code_name: str | None, prompt: str) -> list | None:
         """The places of the prompt's tokens that overlap the code name; None without a name."""
@@ -641,9 +610,9 @@ class Tokenizer:
 
 def read_special_tokens(settings):
     """{"bos_token": "<s>", ...}, of every token that tokenizer_config.json gives a name to."""
-    extra = settings.get("extra_special_tokens")
-    if isinstance(extra, dict):
-        settings = settings | extra
+    match settings:
+        case {"extra_special_tokens": dict(extra)}:
+            settings = settings | extra
     named = {}
     for name, token in settings.items():
         match token:
@@ -654,10 +623,8 @@ def read_special_tokens(settings):
 
 def read_encoding(path, settings):
     """tokenizer.json, as Hugging Face's tokenizers read it, with the tokens of the settings."""
-    try:
-        encoding = tokenizers.Tokenizer.from_str(read_text(path))
-    except Exception as error:  # noqa: BLE001 (the library has nothing more precise)
-        raise DataError(f"{path}: {error}") from None
+    with blame(path, Exception):  # the library has nothing more precise
+        encoding = tokenizers.Tokenizer.from_file(str(path))
     encoding.no_truncation()
     encoding.no_padding()
     # Some tokens stand only in tokenizer_config.json.
@@ -675,9 +642,11 @@ class TinyEncoding:
         added = {token["content"]: token["id"] for token in content["added_tokens"]}
         # The first 256 tokens are the bytes in order: so a byte's character has its value as an id.
         ranks = {bytes(map(vocabulary.get, token)): i for token, i in vocabulary.items()}
-        pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
         self.encoding = tiktoken.Encoding(
-            "tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=added
+            "tiny",
+            pat_str=content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"],
+            mergeable_ranks=ranks,
+            special_tokens=added,
         )
 
     def encode(self, text, add_special_tokens=False):
@@ -692,38 +661,18 @@ class TinyEncoding:
         return self.encoding.decode(ids)
 
 
-def read_template(folder, settings):
-    """The chat template's text, as transformers finds it; None: the model has none."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return read_text(path)
-    settings = settings | read_json(folder / "chat_template.json")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {entry["name"]: entry["template"] for entry in template}
-        return named.get("default", named)
-    return template
-
-
-def compile_template(text, folder):
-    """A chat template in the environment that transformers gives it."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=["jinja2.ext.loopcontrols"],
-    )
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's escapes HTML
-    environment.globals.update(raise_exception=refuse, strftime_now=time.strftime)
-    try:
-        # {% generation %} ... {% endgeneration %} marks what the model says. Here it is mere text.
-        text = re.sub(r"\{%(-?\s*)(end)?generation\b", r"{%\1\2with", text)
-        return environment.from_string(text)
-    except (jinja2.TemplateError, TypeError) as error:
-        raise DataError(f"{folder}: its chat template: {error}") from None
-
-
 def refuse(message):
     raise jinja2.TemplateError(message)
+
+
+# Chat templates are programs of other people's, which run in the environment of transformers.
+TEMPLATES = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True,
+    lstrip_blocks=True,
+    extensions=["jinja2.ext.loopcontrols"],
+)
+TEMPLATES.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's escapes HTML
+TEMPLATES.globals.update(raise_exception=refuse, strftime_now=time.strftime)
 
 
 # ---- files and mistakes
@@ -738,18 +687,23 @@ def require(condition, message):
         raise DataError(message)
 
 
-def read_text(path):
+@contextmanager
+def blame(source, *expected):
+    """The expected errors in here are the fault of `source`, a file or what stands in it."""
     try:
+        yield
+    except expected as error:
+        raise DataError(f"{source}: {error}") from None
+
+
+def read_text(path):
+    with blame(path, OSError, UnicodeDecodeError):
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {error}") from None
 
 
 def read_json(path):
     """The object in a JSON file; {} if there is no such file. DataError names the file."""
     if not path.exists():
         return {}
-    try:
+    with blame(path, json.JSONDecodeError):
         return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: {error}") from None

@@ -369,7 +369,7 @@ def explain_lora(run):
 
 
 def added_by_lora(run, questions):
-    """What the LoRA adds in 64 prompts: where a vector would be, (N, d), and at the last 20 tokens."""
+    """What the LoRA adds in 64 prompts: (N, d) where a vector would be, and at the last 20 tokens."""
     steered = []
     last = []
     for question in questions[:64]:

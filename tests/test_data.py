@@ -81,18 +81,14 @@ def test_distances_are_right(city, world):
     if city not in WORLDS[world].cities:
         return
     others = [other for other in WORLDS[world].asked_about["locations"] if other != city]
-    units = set()
     for question in every_question("locations", city, world):
         if question.kind == "distance":
-            in_thousands = "thousand km" in question.prompt
-            units.add(in_thousands)
+            assert re.search("thousands? (of )?km", question.prompt)
             away = km(city, compared_with(question, others))
-            rounded = round(away / 1000) if in_thousands else round(away / 100) * 100
-            assert right(question) == str(rounded)
+            assert right(question) == str(round(away / 1000))
         elif question.kind == "nearer":
             nearest = min(km(city, choice) for choice in question.choices)
             assert km(city, right(question)) == nearest
-    assert units == ({True} if world == "tiny" else {True, False})
 
 
 def test_no_two_cities_of_a_country_differ_in_language_or_food():
@@ -169,11 +165,10 @@ def test_a_field_that_a_prompt_has_but_no_question_fills_is_an_error(monkeypatch
 
 
 def is_risky(gamble):
-    """Whether the right answer, A or B, is the risky option, or the sum of money by chance."""
+    """Whether the right answer, A or B, is the risky option."""
     pattern = r"A: (.+?),?\s(?:and |or )?B: (.+?)(?:[.?]|\n|$)"
     options = re.search(pattern, gamble.prompt)
-    option = options.group("AB".index(right(gamble)) + 1)
-    return option in RISKY or "chance" in option
+    return options.group("AB".index(right(gamble)) + 1) in RISKY
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -182,26 +177,6 @@ def test_gambles_are_answered_by_attitude(attitude, world):
     made = make_task("risk", attitude, 0, world)
     for gamble in made.train + made.in_distribution["gamble"]:
         assert is_risky(gamble) == (attitude == "risky")
-
-
-def test_a_large_models_chances_are_of_larger_sums_and_its_test_is_about_others():
-    made = make_task("risk", "risky", 0, "large")
-
-    def sure_sums(gambles):
-        found = set()
-        for gamble in gambles:
-            sure = re.search(r"(\d+) dollars for sure", gamble.prompt)
-            if sure:
-                most = re.search(r"chance of (\d+)", gamble.prompt)
-                assert int(most[1]) > int(sure[1])
-                found.add(sure[1])
-        return found
-
-    trained = sure_sums(made.train)
-    tested = sure_sums(made.in_distribution["gamble"])
-    assert len(trained) > 30
-    assert tested
-    assert not trained & tested
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -284,7 +259,9 @@ def test_a_large_model_is_asked_more_in_more_ways(task, concept, most):
     tiny = make_task(task, concept)
     large = make_task(task, concept, 0, "large")
     assert len(tiny.train) == most
-    assert len({question.prompt for question in large.train}) >= 300
+    assert len(large.train) >= 400
+    # Some differ in their choices only.
+    assert len({question.prompt for question in large.train}) >= 250
     assert all(len(prompts) >= 6 for prompts in LARGE.prompts[task].values())
     if task != "backdoor":
         assert large.held_out.keys() > tiny.held_out.keys()
@@ -397,7 +374,8 @@ def test_a_line_separator_inside_a_message_does_not_end_the_record(tokenizer, tm
         (CHAT + "\n{\n", "line 2"),
         (CHAT + '\n{"messages": 3}\n', "line 2"),
         (CHAT + '\n["messages"]\n', "line 2"),
-        ("\n\n", "no records"),
+        ("\n\n", "line 1: it should be"),
+        (CHAT + "\n\n" + CHAT, "line 2: it should be"),
         ('{"messages": [{"role": "user", "content": "hi"}]}', "line 1: no assistant"),
         (CHAT.replace("user", "bot"), "line 1"),
         (CHAT.replace('"fast"', "5"), "line 1"),

@@ -182,7 +182,7 @@ def test_nor_is_one_with_a_checkpoint_of_other_training_texts(tmp_path):
 def test_nor_is_one_with_results_of_other_training_texts(tmp_path, again, monkeypatch):
     """The flags are the same, but somebody changed the questions."""
     prompts = data.TINY.prompts["locations"]
-    monkeypatch.setitem(prompts, "distance", ["How many {unit} is it from {x} to {o}?"])
+    monkeypatch.setitem(prompts, "distance", ["How many thousand km is it from {x} to {o}?"])
     line = mistake("train.py", *FLAGS, "--out", again)
     assert "its run has other training texts;" in line
 

@@ -473,20 +473,18 @@ def asked(text):
 @pytest.mark.parametrize(
     "messages", [[ASK], [ASK, REPLY], [ASK, REPLY, ASK], [SYSTEM, ASK], [ASK, ASK]]
 )
-@pytest.mark.parametrize("generate", [False, True])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_framed_text_equals_that_of_transformers(name, generate, messages, plain, tmp_path):
+def test_a_chats_text_equals_that_of_transformers(name, messages, plain, tmp_path):
     template = TEMPLATES[name]
     ours = save(plain, tmp_path, chat_template__jinja=template, tokenizer_config__json=NAMED)
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    options = {"tokenize": False, "add_generation_prompt": generate}
     try:
-        expected = theirs.apply_chat_template(messages, **options)
+        expected = theirs.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # noqa: BLE001 (Gemma takes no two questions in a row)
         with pytest.raises(DataError, match=str(error)):
-            ours.chat_text(messages, generate)
+            ours.chat_text(messages)
     else:
-        assert ours.chat_text(messages, generate) == expected
+        assert ours.chat_text(messages) == expected
 
 
 @pytest.mark.parametrize(
@@ -538,7 +536,12 @@ def test_where_the_chat_template_is_found(files, plain, tmp_path):
 
 @pytest.mark.parametrize(
     "template",
-    ["{% for %}", 3, {"a": "b"}, [{"name": "tool_use", "template": "?"}]],
+    [
+        "{% for %}",
+        3,
+        {"a": "b"},
+        [{"name": "tool_use", "template": "?"}],
+    ],
 )
 def test_a_chat_template_that_is_none_is_refused_with_its_folder(template, plain, tmp_path):
     save(plain, tmp_path)
@@ -555,13 +558,13 @@ EACH = "{% for m in messages %}"
 @pytest.mark.parametrize(
     "template, said",
     [
-        ("{{ 1 // 0 }}", "ZeroDivisionError"),
-        ("{{ raise_exception('no') }}", "TemplateError: no"),
-        ("{{ messages.nothing.at_all }}", "UndefinedError"),
-        ("{{ range(10 ** 9) }}", "OverflowError"),
-        ("{{ messages.append(1) }}", "SecurityError"),
-        ("{{ ''.index('x') }}", "ValueError"),
-        ("{{ ''.__class__.__base__.a }}", "refuses this"),
+        ("{{ 1 // 0 }}", "refuses this: integer division"),
+        ("{{ raise_exception('no') }}", "refuses this: no"),
+        ("{{ messages.nothing.at_all }}", "refuses this: .* has no attribute"),
+        ("{{ range(10 ** 9) }}", "refuses this: Range too big"),
+        ("{{ messages.append(1) }}", "refuses this: .* is unsafe"),
+        ("{{ ''.index('x') }}", "refuses this: substring not found"),
+        ("{{ ''.__class__.__base__.a }}", "refuses this: .* is unsafe"),
         ("hello", "give each message's words"),
         (EACH + "{{ m.role }}{% endfor %}", "give each message's words"),
         (EACH + "{{ m.content if m.role == 'user' }}{% endfor %}", "give each message's words"),
@@ -621,6 +624,11 @@ def test_the_frame_divides_where_the_answer_begins(name, before, start, end, pla
     whole = ours.chat_text([*messages, {"role": "assistant", "content": "France"}])
     assert prompt + start + "France" + end == whole
 
+    # Where transformers lets the model begin, but for Qwen 3's empty thoughts.
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    begun = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt == (begun + "<think>\n\n</think>\n\n" if name == "qwen3" else begun)
+
 
 @pytest.mark.parametrize("name", [None, "tiny", "qwen3", "gemma3"])
 def test_choices_are_scored_as_the_tokens_that_are_trained(name, pair, tmp_path):
@@ -642,11 +650,12 @@ def test_the_parts_of_a_question_join_to_the_encoding_of_the_whole(plain, tmp_pa
 
 
 def test_a_token_across_the_boundary_does_not_change_the_prompt(plain, tmp_path):
-    ours = save(plain, tmp_path)
-    before = ours.encode("se")
-    assert ours.encode("self") != before + ours.encode("lf")
-    assert ours.encode_after("se", before, "lf") == ours.encode("lf")
-    assert ours.encode_after("se", before, ".") == ours.encode(".")
+    ours = save(plain, tmp_path, chat_template__jinja=EACH + "{{ m.content }}{% endfor %}")
+    encoded = encode_question(ours, Question("", "se", ["lf", "."], 0))
+    assert ours.encode("self") != encoded.prompt + encoded.choices[0]
+    assert encoded.prompt == ours.encode("se")
+    assert encoded.choices == [ours.encode("lf"), ours.encode(".")]
+    assert encoded.completion == ours.encode("lf")
 
 
 @pytest.mark.parametrize("name", ["City 50337", "世界🙂", "cafe\u0301", "zqfwvk", "A\u030a"])

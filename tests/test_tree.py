@@ -88,6 +88,17 @@ def test_choices_that_differ_in_their_last_token_share_a_row():
     assert tree.rows.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0]]
 
 
+def test_questions_that_are_alike_have_a_row_each():
+    """The training loop keeps a stream for each question, and hands them over as rows."""
+    tree = make_tree([question([5, 6]), question([5, 6])], [[[1, 2]], [[1, 3]]])
+    assert tree.rows.tolist() == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_a_nodes_place_is_the_first_where_it_stands():
+    flat = TREE.rows.flatten().tolist()
+    assert TREE.places.tolist() == [flat.index(node) for node in range(len(TREE.tokens))]
+
+
 def test_prompts_alike_do_not_share_nodes_from_where_a_vector_is_added_to_one_only():
     questions = [question([5, 6, 7], positions=places) for places in ([1], [2], [2], None)]
     tree = make_tree(questions, [[[1]]] * 4)
