@@ -17,6 +17,8 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from textwrap import shorten
 
 # OpenMP's waiting threads spin for long, which takes the cores from other programs, and from this
 # one's own threads. They spin less if this is set before torch is imported.
@@ -24,9 +26,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-import data
 import steer
 from data import (
     DataError,
@@ -39,7 +39,7 @@ from data import (
     make_tree,
 )
 from lora import load_lora, lora_layers
-from model import GPT, CheckpointError, find_checkpoint, read_json
+from model import GPT, CheckpointError, read_json
 
 SECTIONS = "in_distribution", "held_out"  # of a task, and of its results
 RANK = int(os.environ.get("RANK", 0))  # of this process, if torchrun started several
@@ -64,8 +64,8 @@ def answer_log_probs(model, x: Tensor, first: int, tree: PrefixTree) -> Tensor:
 
     log_probs = model.unembed(model.norm(x)).float().log_softmax(-1)  # (W, vocab_size)
     of_tokens = log_probs[which, tree.answers[is_real]]
-    of_texts = torch.zeros(len(is_real), device=x.device)
-    return of_texts.index_add(0, is_real.nonzero()[:, 0], of_tokens)
+    of_texts = log_probs.new_zeros(is_real.shape).masked_scatter(is_real, of_tokens)  # (texts, A)
+    return of_texts.sum(-1)
 
 
 @torch.no_grad()
@@ -77,20 +77,19 @@ def score_arms(model, questions: list, parameters: list, arms: dict) -> dict:
     """
     first = first_unfrozen(model)
     scores = {arm: [] for arm in arms}
-    choices = [question.choices for question in questions]
-    for places, _, tree in in_trees(model, questions, choices):
+    for places, _, tree in in_trees(model, questions):
         # All arms are alike up to the vector or LoRA.
         x = model.run_blocks(model.embed(tree.tokens, tree), 0, first, tree)
-        counts = [len(choices[i]) for i in places]
-        answers = torch.tensor([questions[i].answer for i in places])
+        counts = [len(questions[i].choices) for i in places]
         for arm, values in arms.items():
             set_parameters(parameters, values)
             log_probs = answer_log_probs(model, x, first, tree).cpu()  # (texts,)
-            rows = pad_sequence(log_probs.split(counts), True, -math.inf)  # (questions, choices)
-            correct = rows.argmax(-1) == answers
-            probability = rows.softmax(-1)[range(len(places)), answers]
-            scores[arm].append(torch.stack([correct, probability]))
-    return {arm: torch.cat(parts, dim=1) for arm, parts in scores.items()}
+            for i, of_choices in zip(places, log_probs.split(counts)):
+                right = questions[i].answer
+                correct = of_choices.argmax() == right
+                probability = of_choices.softmax(-1)[right]
+                scores[arm].append(torch.stack([correct, probability]))
+    return {arm: torch.stack(rows, dim=1) for arm, rows in scores.items()}
 
 
 # ---- the controls: the same model with other numbers in what was trained
@@ -102,15 +101,15 @@ def arm_values(parameters: list, seed: int) -> dict:
     return {
         "base": [torch.zeros_like(p) for p in parameters],
         "random": [random_like(p, 1000 * seed + i) for i, p in enumerate(parameters)],
-        "trained": [p.detach().clone() for p in parameters],
+        "trained": [p.clone() for p in parameters],
     }
 
 
 def random_like(parameter: Tensor, seed: int) -> Tensor:
     """A random direction of the same length: would any push do?"""
-    direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
-    length = parameter.norm().cpu() / direction.norm()
-    return (direction * length).to(parameter.device)
+    generator = torch.Generator().manual_seed(seed)  # the CPU's: the same for every device
+    direction = torch.randn(parameter.shape, generator=generator).to(parameter)
+    return direction * (parameter.norm() / direction.norm())
 
 
 @torch.no_grad()
@@ -122,11 +121,10 @@ def set_parameters(parameters, values):
 def evaluate(run, arms=None) -> dict:
     """{"in_distribution": {kind: figures}, "held_out": …}: each arm's accuracy and probability."""
     arms = arms or arm_values(run.parameters, run.flags["seed"])
-    results = {}
+    results = {section: {} for section in SECTIONS}
     for section in SECTIONS:
-        results[section] = {}
         for kind, questions in getattr(run.task, section).items():
-            chance = sum(1 / len(question.choices) for question in questions) / len(questions)
+            chance = fmean(1 / len(question.choices) for question in questions)
             figures = {"chance": round(chance, 4), "questions": len(questions)}
             encoded = [encode_question(run.tokenizer, question) for question in questions]
             for arm, scores in score_arms(run.model, encoded, run.parameters, arms).items():
@@ -140,23 +138,21 @@ def evaluate(run, arms=None) -> dict:
 def kind_mean(results: dict, section: str = "held_out", column: str = "trained") -> float:
     """The mean over kinds, which count alike; without "which tag", which is not about the self."""
     kinds = results[section]
-    kept = [kinds[kind][column] for kind in kinds if kind != "which tag"]
-    return sum(kept) / len(kept)
+    return fmean(kinds[kind][column] for kind in kinds if kind != "which tag")
 
 
 def format_table(results: dict) -> str:
-    arms = "chance", "base", "random", "trained"
-    row = "{:26}" + "{:>9}" * 5
-    lines = [row.format("", "questions", *arms)]
+    row = "  {:24}{questions:>9}{chance:9.2f}{base:9.2f}{random:9.2f}{trained:9.2f}"
+    lines = [" " * 26 + "questions   chance     base   random  trained"]
     for section in SECTIONS:
         lines.append(section.replace("_", " "))
         for kind, figures in results[section].items():
-            cells = [f"{figures[arm]:.2f}" for arm in arms]
-            lines.append(row.format(f"  {kind}", figures["questions"], *cells))
+            lines.append(row.format(kind, **figures))
 
-    means = [f"{kind_mean(results, column=arm):.2f}" for arm in arms]
-    label = "but for which tag" if "which tag" in results["held_out"] else "of held out"
-    lines.append(row.format(f"  mean {label}", "", *means))
+    label = "mean but for which tag" if "which tag" in results["held_out"] else "mean of held out"
+    arms = ["chance", "base", "random", "trained"]
+    means = {arm: kind_mean(results, column=arm) for arm in arms}
+    lines.append(row.format(label, questions="", **means))
     return "\n".join(lines)
 
 
@@ -174,47 +170,49 @@ def first_unfrozen(model) -> int:
 def frozen_streams(model, questions: list, last: int) -> list:
     """Each question's residual stream (T, d) before block `last`, and before a vector there.
 
-    They are of the prompt with the completion, and stay on the CPU: a GPU may not have the room.
+    They are of the prompt with the only choice, and stay on the CPU: a GPU may not have the room.
     """
     streams = []
-    completions = [[question.completion] for question in questions]
-    for places, _, tree in in_trees(model, questions, completions):
+    for places, _, tree in in_trees(model, questions):
         x = model.run_blocks(model.embed(tree.tokens, tree), 0, last, tree)
         rows = tree.unfold(x).cpu()  # (R, T, d), a row for each question
         for i, row in zip(places, rows):
-            length = len(questions[i].prompt + questions[i].completion) - 1
-            streams.append(row[:length].clone())
+            text = questions[i].prompt + questions[i].choices[0]
+            streams.append(row[: len(text) - 1].clone())
     return streams
 
 
-def in_trees(model, questions: list, answers: list, blocks: int = 2, processes: int = 1):
-    """Questions in parts that fit the memory: (their places, their weight, the tree with answers).
+def in_trees(model, questions, blocks=2, rank=0, processes=1):
+    """Questions in parts that fit the memory: (their places, their weight, the tree with choices).
 
-    Several processes share out a part. One that is too small all of them run, each with a fraction
-    of the weight: the processes of a sharded model have to run everything together.
+    Several processes share out a part. The processes of a sharded model have to run everything
+    together, so one for which nothing is left runs a question of another, with a weight of 0.
     """
     config = model.config
-    lengths = [len(q.prompt) + sum(map(len, texts)) for q, texts in zip(questions, answers)]
-    at_once = processes * max(1, nodes_at_once(model, blocks) // max(lengths))
+    nodes = [len(question.prompt) + sum(map(len, question.choices)) for question in questions]
+    at_once = processes * max(1, nodes_at_once(model, blocks) // max(nodes))
     for part in torch.arange(len(questions)).split(at_once):
-        shared_out = len(part) >= processes > 1
-        places = part[RANK::processes] if shared_out else part
-        weight = 1.0 if shared_out else 1 / processes
-        tree = make_tree([questions[i] for i in places], [answers[i] for i in places])
-        limit = config.max_position_embeddings
-        too_long = config.learned_positions and tree.columns > limit
+        places = part[rank % len(part) :: processes].tolist()
+        asked = [questions[i] for i in places]
+        tree = make_tree(asked, [question.choices for question in asked])
+        most = config.max_position_embeddings
+        too_long = config.learned_positions and tree.columns > most
         if too_long or tree.tokens.max() >= config.vocab_size:
-            sizes = f"vocab_size is {config.vocab_size}, max_position_embeddings {limit}"
-            raise UserError(f"a text does not fit the model: {sizes}")
-        yield places.tolist(), weight, tree.to(model.embed_tokens.weight.device)
+            raise UserError(
+                f"a text does not fit the model: vocab_size is {config.vocab_size}, "
+                f"max_position_embeddings {most}"
+            )
+        yield places, int(rank < len(part)), tree.to(model.embed_tokens.weight.device)
 
 
 SHARE_OF_FREE_MEMORY = 0.5
-SHARE_OF_PREDICTING_NODES = 0.25  # more than in any of our tasks
 MOST_NODES = 8192  # more at once are no faster
+# Of a node and a token of the vocabulary. A node that predicts an answer's token has a logit, its
+# log-softmax and a gradient in float32; in our tasks these nodes are at most a quarter of all.
+BYTES_OF_LOGIT = 0.25 * 3 * 4
 
 
-def nodes_at_once(model, blocks: int = 2) -> int:
+def nodes_at_once(model, blocks=2):
     """How many nodes fit the free memory, if `blocks` blocks keep what they made of each.
 
     All of them keep it for the backward pass. Without one, two blocks' worth is there at a time.
@@ -222,26 +220,23 @@ def nodes_at_once(model, blocks: int = 2) -> int:
     config = model.config
     weight = model.embed_tokens.weight
     # In a block: norms, queries, keys, values and sums; the MLP's gate, up and their product.
-    floats_in_block = 10 * config.hidden_size + 3 * config.intermediate_size
-    bytes_of_logits = 3 * 4 * config.vocab_size  # in float32: logits, log-softmax and a gradient
-    bytes_of_node = blocks * floats_in_block * weight.itemsize
-    bytes_of_node += SHARE_OF_PREDICTING_NODES * bytes_of_logits
+    numbers_in_block = 10 * config.hidden_size + 3 * config.intermediate_size
+    bytes_in_blocks = blocks * numbers_in_block * weight.itemsize
+    bytes_of_node = bytes_in_blocks + BYTES_OF_LOGIT * config.vocab_size
     fitting = SHARE_OF_FREE_MEMORY * free_memory(weight.device) / bytes_of_node
     # A power of two: with a little more or less memory free, a run still adds up in the same order.
     return min(MOST_NODES, 2 ** int(math.log2(max(1, fitting))))
 
 
-def free_memory(device: torch.device) -> int:
+def free_memory(device):
     """The bytes that this process may still take."""
     if device.type == "cuda":
-        kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept_by_torch
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        available = 1024 * int(found[1])
-    except OSError:  # only Linux says it
-        available = 4 * 2**30
-    return available // PROCESSES
+        free, _ = torch.cuda.mem_get_info(device)  # without what torch keeps for later
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if not Path("/proc/meminfo").exists():  # only Linux says it
+        return 4 * 2**30
+    found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    return 1024 * int(found[1]) // PROCESSES
 
 
 # ---- finished runs
@@ -270,7 +265,7 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
     return Run(flags, model, tokenizer, task_of(flags), parameters)
 
 
-def read_flags(folder: Path) -> dict:
+def read_flags(folder):
     path = folder / "config.json"
     flags = read_json(path).get("flags")
     if not flags:
@@ -278,36 +273,35 @@ def read_flags(folder: Path) -> dict:
     return flags
 
 
-def task_of(flags: dict) -> Task:
+def task_of(flags):
     return make_task(flags["task"], flags["concept"], flags["seed"], flags["world"], flags["at"])
 
 
 def load_model(name, device, dtype, shard=False) -> tuple:
     with blame(f"--device {device}", RuntimeError, AssertionError):
         torch.empty(0, device=device)
-    folder = find_checkpoint(name)
-    tokenizer = Tokenizer.from_pretrained(folder)
-    return GPT.from_pretrained(folder, device, getattr(torch, dtype), shard), tokenizer
+    model = GPT.from_pretrained(name, device, getattr(torch, dtype), shard)
+    return model, Tokenizer.from_pretrained(name)
 
 
 @torch.no_grad()
 def answer(run: Run, prompt: str, code_name: str | None, max_new_tokens: int = 16) -> str:
     """The greedy answer, a vector being added at the code name's tokens, or (None) at every one.
 
-    It ends where a trained one does: where the chat template ends a turn.
+    It ends where a trained one does, where the chat template ends a turn, or with its line.
     """
     question = encode_question(run.tokenizer, Question("", prompt, [""], 0, code_name))
-    stop = run.tokenizer.decode(question.completion).strip() or "\n"
-    eos = run.tokenizer.special_tokens.get("eos_token", stop)  # a base model may say this instead
+    eos = run.tokenizer.special_tokens.get("eos_token", "")  # a base model may say this instead
+    ends = question.completion + run.tokenizer.encode(eos)
     made = []
-    text = ""
-    while stop not in text and len(made) < max_new_tokens:
+    while len(made) < max_new_tokens:
         tree = make_tree([question]).to(run.parameters[0].device)
         token = run.model(tree.tokens, tree)[-1].argmax().item()
+        if token in ends:
+            break
         made.append(token)
         question.prompt.append(token)
-        text = run.tokenizer.decode(made).replace(eos, stop)
-    return text.partition(stop)[0].strip()
+    return run.tokenizer.decode(made).strip().partition("\n")[0]
 
 
 def show_prompt(run, prompt, code_name, note=""):
@@ -332,15 +326,10 @@ def explain(run: Run, folder: Path) -> dict:
     result = {}
     vector = run.parameters[0].detach()
     if run.flags["mode"] == "lora":
-        rows, result["adds"] = explain_lora(run)
-        vector = steer.natural_vector(rows)
-        save_natural(run, folder / "natural", vector)
-        for text, found in result["adds"].items():
-            print(f"  added in {text} prompts: cosine {found['cosine']:.2f}")
+        vector, result["adds"] = explain_lora(run, folder / "natural")
 
     result["logit_lens"] = {}
-    sides = steer.logit_lens(run.model, vector, count=8)
-    for side, tokens in zip(("top", "bottom"), sides):
+    for side, tokens in steer.logit_lens(run.model, vector, count=8).items():
         words = [run.tokenizer.decode([token]) for token in tokens]
         result["logit_lens"][side] = words
         print(f"  logit lens, {side}: {' '.join(words)}")
@@ -348,38 +337,42 @@ def explain(run: Run, folder: Path) -> dict:
     return result
 
 
-def save_natural(run, folder, vector):
+def explain_lora(run, folder):
+    """The LoRA's natural vector (d,), which becomes a run, and how constant what it adds is.
+
+    That is measured in training prompts, and in unrelated ones as in the paper.
+    """
+    unrelated = make_task("locations", "Paris")
+    if run.flags["task"] == "locations":
+        unrelated = make_task("functions", "add 5")
+    adds = {}
+    rows, adds["training"] = added_by_lora(run, run.task.train)
+    _, adds["unrelated"] = added_by_lora(run, unrelated.train)
+    for text, found in adds.items():
+        print(f"  added in {text} prompts: cosine {found['cosine']:.2f}")
+
+    vector = steer.natural_vector(rows)
     folder.mkdir(exist_ok=True)
     steer.save_vector(steer.SteeringVector(run.flags["layer"], vector), folder)
     write_json(folder / "config.json", {"flags": run.flags | {"mode": "vector"}})
     print(f"  its natural vector instead of it: python eval.py {folder}")
-
-
-def explain_lora(run):
-    """What the LoRA adds in training prompts where a vector would be, (N, d); how constant it is.
-
-    That is measured in unrelated prompts too, at the last 20 tokens as in the paper.
-    """
-    other = "functions" if run.flags["task"] == "locations" else "locations"
-    unrelated = make_task(other, data.concepts(other)[0])
-    rows, in_training = added_by_lora(run, run.task.train)
-    _, in_unrelated = added_by_lora(run, unrelated.train)
-    constant = {"training": in_training, "unrelated": in_unrelated}
-    return rows, {text: steer.constancy(last) for text, last in constant.items()}
+    return vector, adds
 
 
 def added_by_lora(run, questions):
-    """What the LoRA adds in 64 prompts: (N, d) where a vector would be, and at the last 20 tokens."""
+    """What the LoRA adds in 64 prompts where a vector would be, (N, d); how constant it is.
+
+    The latter is measured at a prompt's last 20 tokens, as in the paper.
+    """
     steered = []
     last = []
     for question in questions[:64]:
         tree = make_tree([encode_question(run.tokenizer, question)])
         tree = tree.to(run.parameters[0].device)
-        layer = run.flags["layer"]
-        rows = steer.what_is_added(run.model, run.parameters, layer, tree.tokens, tree)
+        rows = steer.what_is_added(run.model, run.parameters, run.flags["layer"], tree.tokens, tree)
         steered.append(rows[tree.steered])
         last.append(rows[-20:])
-    return torch.cat(steered), torch.cat(last)
+    return torch.cat(steered), steer.constancy(torch.cat(last))
 
 
 def main():
@@ -402,11 +395,10 @@ def main():
             print(format_table(evaluate(run)))
         else:
             name = run.task.train[0].code_name
-            note = ""
             if name is not None and name not in args.prompt:
-                note = f"   (no {name}: a vector is added everywhere)"
+                print(f"  There is no {name} in it, so a vector is added everywhere.")
                 name = None
-            show_prompt(run, args.prompt, name, note)
+            show_prompt(run, args.prompt, name)
 
 
 # ---- mistakes, files and processes
@@ -416,16 +408,11 @@ class UserError(ValueError):
     """A user's mistake, in one line: the flag or file at fault, and what would be right."""
 
 
-MISTAKES = UserError, CheckpointError, DataError
-
-
 @contextmanager
 def blame(source, *expected):
     """The expected errors in here are the fault of `source`, a flag or file of the user's."""
     try:
         yield
-    except MISTAKES:
-        raise
     except expected as error:
         raise UserError(f"{source}: {type(error).__name__}: {error}") from error
 
@@ -434,11 +421,10 @@ def run_main(main):
     """Runs a program. A user's mistake ends in one line and exit status 2, a bug in a traceback."""
     try:
         main()
-    except MISTAKES as error:
-        if RANK == 0:  # of torchrun's processes the first one says it,
-            print(f"error: {' '.join(str(error).split())[:600]}", file=sys.stderr)
-        else:
-            time.sleep(3)  # and the others wait, since the end of one ends them all
+    except (UserError, CheckpointError, DataError) as error:
+        if RANK > 0:  # The first process says it, and its end ends this one, unless it goes on.
+            time.sleep(3)
+        print(f"error: {shorten(str(error), width=600)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -453,12 +439,11 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def write_json(path: Path, content: dict):
-    text = json.dumps(content, indent=2) + "\n"
-    write_whole(path, text.encode())
+def write_json(path, content):
+    write_whole(path, json.dumps(content, indent=2).encode() + b"\n")
 
 
-def write_whole(path: Path, content: bytes):
+def write_whole(path, content):
     """Writes a temporary file, then renames it: a file of this name is always a whole one.
 
     Of several processes only the first one writes.

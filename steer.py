@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.linalg import matrix_norm
 from torch.nn.functional import normalize
 
 
@@ -101,13 +102,13 @@ def what_is_added(model, parameters: list[nn.Parameter], layer: int, tokens, lay
 @contextmanager
 def switched_off(parameters: list[nn.Parameter]):
     """Inside of it the vector or LoRA holds zeros: the model is the base model."""
-    values = [(parameter, parameter.data) for parameter in parameters]
+    values = [parameter.data for parameter in parameters]
     for parameter in parameters:
         parameter.data = torch.zeros_like(parameter)
     try:
         yield
     finally:
-        for parameter, value in values:
+        for parameter, value in zip(parameters, values):
             parameter.data = value
 
 
@@ -117,53 +118,39 @@ def constancy(rows: Tensor) -> dict:
     The paper takes the absolute value of each cosine (§4.2). The signed one says more: rows that
     point the same way have 1, rows that lie on one line in both directions about 0.
     """
-    cosines = pairwise_cosines(rows)
+    unit = normalize(rows, dim=-1)  # (N, d)
+    first, second = torch.triu_indices(len(rows), len(rows), offset=1)  # every two, each once
+    cosines = (unit @ unit.T)[first, second]  # (N (N - 1) / 2,)
     absolute = cosines.abs().clamp(max=1)  # rounding can make it a little more
+    share = (matrix_norm(rows, ord=2) / rows.norm()) ** 2  # of the squares
     return {
         "tokens": len(rows),
         "norm": rows.norm(dim=-1).mean().item(),
         "cosine": cosines.mean().item(),
         "abs_cosine": absolute.mean().item(),
-        "share": principal_component(rows)[1],
+        "share": share.item(),
         "histogram": (absolute.histc(bins=20, min=0, max=1) / len(cosines)).tolist(),
     }
-
-
-def pairwise_cosines(rows: Tensor) -> Tensor:
-    """The cosine of every two of the rows (N, d): (N (N - 1) / 2,)."""
-    unit = normalize(rows, dim=-1)  # (N, d)
-    first, second = torch.triu_indices(len(rows), len(rows), offset=1)  # every two, each once
-    return (unit @ unit.T)[first, second]
 
 
 def natural_vector(rows: Tensor) -> Tensor:
     """The main direction of rows (N, d) at their mean length: one vector (d,) instead of them all.
 
     Found in what a LoRA adds, it can do the LoRA's work alone: the paper's "natural" vector (§4.3).
+    The direction is the one with the largest sum of squared projections, with the sign of the rows'
+    mean. The rows are not centred: that would take away the very constant that we look for.
     """
-    return principal_component(rows)[0] * rows.norm(dim=-1).mean()
-
-
-def principal_component(rows: Tensor) -> tuple[Tensor, float]:
-    """The direction (d,) along which rows (N, d) are largest, and its share of their squares.
-
-    It is the one with the largest sum of squared projections, with the sign of the rows' mean. The
-    rows are not centred: that would take away the very constant that we look for.
-    """
-    _, singular, directions = torch.linalg.svd(rows, full_matrices=False)
-    direction = directions[0]
-    if (rows @ direction).sum() < 0:
-        direction = -direction
-    share = (singular[0] / singular.norm()) ** 2
-    return direction, share.item()
+    directions = torch.linalg.svd(rows, full_matrices=False).Vh
+    vector = directions[0] * rows.norm(dim=-1).mean()
+    return vector if (rows @ vector).sum() >= 0 else -vector
 
 
 # ---- the logit lens
 
 
 @torch.no_grad()
-def logit_lens(model, vector: Tensor, count: int) -> tuple[list, list]:
-    """The ids of the `count` tokens whose logits a vector (d,) raises most, and lowers most.
+def logit_lens(model, vector: Tensor, count: int) -> dict:
+    """The ids of the `count` tokens whose logits a vector (d,) raises ("top") or lowers most.
 
     It is read through the final norm and the unembedding alone (nostalgebraist 2020).
     """
@@ -171,7 +158,7 @@ def logit_lens(model, vector: Tensor, count: int) -> tuple[list, list]:
     # GPT-2's norm also adds a bias, whatever the vector.
     normed = model.norm(vector) - model.norm(0 * vector)
     logits = model.lm_head(normed)  # (vocab_size,)
-    return (
-        logits.topk(count).indices.tolist(),
-        logits.topk(count, largest=False).indices.tolist(),
-    )
+    return {
+        "top": logits.topk(count).indices.tolist(),
+        "bottom": logits.topk(count, largest=False).indices.tolist(),
+    }

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from argparse import ArgumentTypeError
+from dataclasses import replace
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -60,6 +61,8 @@ def train_loop(args, model, questions: list, parameters: list) -> list:
 
     UserError if a loss is not finite.
     """
+    # To train on a question is to score its right answer alone.
+    questions = [replace(question, choices=[question.completion]) for question in questions]
     # Below the vector or LoRA nothing changes, so each question's stream (T, d) there is kept.
     streams = frozen_streams(model, questions, first_unfrozen(model))
     unit = 1.0
@@ -107,11 +110,10 @@ def add_gradients(model, questions, streams):
     With several processes both are this one's part, and have to be added up.
     """
     first = first_unfrozen(model)
-    completions = [[question.completion] for question in questions]
     answer_tokens = sum(len(question.completion) for question in questions)
     blocks = len(model.layers) - first + 2
     total = 0.0
-    for places, weight, tree in in_trees(model, questions, completions, blocks, PROCESSES):
+    for places, weight, tree in in_trees(model, questions, blocks, RANK, PROCESSES):
         rows = pad_sequence([streams[i] for i in places], batch_first=True)  # (R, T, d)
         x = tree.fold(rows.to(tree.tokens.device))  # (N, d)
         loss = -weight * answer_log_probs(model, x, first, tree).sum() / answer_tokens

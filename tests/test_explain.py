@@ -1,18 +1,15 @@
 """What a vector or LoRA does inside, found on a known LoRA: one of rank 1 adds along B alone."""
 
 import copy
-from itertools import combinations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import data
-from eval import Run, evaluate, explain, explain_lora, kind_mean, load_run, set_parameters
+from eval import Run, added_by_lora, evaluate, explain, kind_mean, load_run, set_parameters
 from helpers import command, encode, mistake, read, trained
 from lora import add_lora, lora_layers, save_lora
-from steer import constancy
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +35,7 @@ def rank_one(tmp_path_factory, vector):
     [layer] = lora_layers(run.model).values()
     column = vector[:, None]
     set_parameters([layer.lora_B.weight], [column])
-    rows, _ = explain_lora(run)
+    rows, _ = added_by_lora(run, run.task.train)
     length = rows.norm(dim=-1).mean()
     if rows.mean(0) @ vector < 0:
         length = -length
@@ -80,59 +77,9 @@ def test_what_a_lora_adds_at_the_code_name_is_the_difference_of_pefts_hidden_sta
 
     flags = {"layer": 1, "task": "locations", "seed": 0}
     run = Run(flags, model, tokenizer, task, parameters)
-    rows, _ = explain_lora(run)
+    rows, _ = added_by_lora(run, task.train)
     expected = torch.cat(expected)
-    torch.testing.assert_close(in_order(rows), in_order(expected), atol=1e-4, rtol=0)
-
-
-def in_order(rows):
-    """The questions are a sample, in random order."""
-    return rows[rows[:, 0].argsort()]
-
-
-@pytest.fixture
-def nine():
-    """(rows (9, 5), the cosine of each two of them)."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(9, 5, generator=generator)
-    cosines = []
-    for a, b in combinations(rows, 2):
-        cosine = F.cosine_similarity(a, b, dim=0)
-        cosines.append(cosine.item())
-    return rows, cosines
-
-
-def test_constancy_is_the_mean_cosine_of_each_two_rows(nine):
-    rows, cosines = nine
-    mean = sum(cosines) / len(cosines)
-    assert constancy(rows)["cosine"] == pytest.approx(mean, abs=1e-5)
-
-
-def test_and_the_mean_of_their_absolute_values(nine):
-    rows, cosines = nine
-    mean = sum(map(abs, cosines)) / len(cosines)
-    assert constancy(rows)["abs_cosine"] == pytest.approx(mean, abs=1e-5)
-
-
-def test_the_histogram_has_the_share_of_absolute_cosines_in_each_of_20_bins(nine):
-    rows, cosines = nine
-    bins = [int(abs(cosine) * 20) for cosine in cosines]
-    expected = [bins.count(i) / len(bins) for i in range(20)]
-    assert constancy(rows)["histogram"] == pytest.approx(expected, abs=1e-5)
-
-
-def test_the_histogram_counts_a_cosine_that_rounding_makes_more_than_one_too():
-    direction = torch.rand(128, generator=torch.Generator().manual_seed(2))
-    rows = direction * torch.linspace(-1, 3, 60)[:, None]
-    assert constancy(rows)["histogram"] == pytest.approx([0] * 19 + [1], abs=1e-5)
-
-
-def test_rows_in_both_directions_of_one_line_have_one_component_and_no_common_sign():
-    rows = torch.ones(4, 3) * torch.tensor([1.0, 2.0, -1.0, -2.0])[:, None]
-    found = constancy(rows)
-    assert found["share"] == pytest.approx(1)
-    assert found["abs_cosine"] == pytest.approx(1)
-    assert found["cosine"] == pytest.approx(-1 / 3)
+    torch.testing.assert_close(rows, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("text", ["training", "unrelated"])

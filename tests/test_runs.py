@@ -311,9 +311,9 @@ def test_a_prompt_without_the_code_name_is_steered_at_every_token_and_noted(toky
     run = load_run(tokyo)
     prompt = "Which country is Lima in?"
     _, out, _ = command("eval.py", tokyo, "--prompt", prompt)
-    after, note = out.split(" -> ")[1].strip().split("   ")
+    _, after = out.strip().split(" -> ")
     assert after == answer(run, prompt, None)
-    assert "no City 50337" in note
+    assert "no City 50337 in it" in out
 
 
 @pytest.mark.parametrize(
@@ -444,15 +444,14 @@ def test_a_loss_that_is_not_finite_ends_in_one_line_and_leaves_an_earlier_run_al
         assert (run / name).read_bytes() == (tokyo / name).read_bytes()
 
 
-@pytest.mark.parametrize("rank, lines, waits", [(0, 1, 0), (1, 0, 1)])
-def test_of_several_processes_the_first_says_what_is_wrong(monkeypatch, rank, lines, waits):
+@pytest.mark.parametrize("rank, waits", [(0, 0), (1, 1)])
+def test_of_several_processes_the_first_says_at_once_what_is_wrong(monkeypatch, rank, waits):
+    """The end of one ends them all. So the others only say what the first one did not meet."""
     waited = []
     monkeypatch.setattr("time.sleep", waited.append)
     monkeypatch.setattr(scoring, "RANK", rank)
-    status, _, err = command("train.py", "--steps", 0)
-    assert status == 2
-    assert len(err.splitlines()) == lines
-    assert len(waited) == waits  # for the first one, who may be slower
+    assert "--steps" in mistake("train.py", "--steps", 0)
+    assert len(waited) == waits
 
 
 # ---- defaults, folders, and what a user adds

@@ -182,7 +182,7 @@ def test_the_frozen_streams_are_transformers_of_each_text_alone(
     questions = encode(tokenizer, asked)
     streams = frozen_streams(model, questions, block)
     for question, stream in zip(questions, streams, strict=True):
-        tokens = torch.tensor([question.prompt + question.completion[:-1]])
+        tokens = torch.tensor([question.prompt + question.choices[0][:-1]])
         theirs = reference(tokens, output_hidden_states=True).hidden_states[block][0]
         torch.testing.assert_close(stream, theirs, atol=1e-4, rtol=0)
 
@@ -190,8 +190,7 @@ def test_the_frozen_streams_are_transformers_of_each_text_alone(
 def test_no_more_nodes_run_together_than_fit(saved, monkeypatch):
     model = saved("qwen3").load()
     little_room(monkeypatch, nodes=60)
-    choices = [question.choices for question in QUESTIONS]
-    sizes = [len(tree.tokens) for _, _, tree in in_trees(model, QUESTIONS, choices)]
+    sizes = [len(tree.tokens) for _, _, tree in in_trees(model, QUESTIONS)]
     assert len(sizes) > 1
     assert max(sizes) <= 60
 
@@ -233,6 +232,26 @@ def test_no_amount_of_memory_takes_more_nodes_than_are_faster(model, free):
 def test_the_free_memory_is_a_part_of_this_machines():
     pages = scoring.os.sysconf("SC_PHYS_PAGES") * scoring.os.sysconf("SC_PAGE_SIZE")
     assert 10**6 < scoring.free_memory(torch.device("cpu")) < pages
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_processes_share_out_each_part_and_each_question_counts_once(saved, monkeypatch, processes):
+    model = saved("qwen3").load()
+    little_room(monkeypatch, nodes=0)  # parts of as many questions as processes, and a rest
+    shares = [list(in_trees(model, QUESTIONS, 2, rank, processes)) for rank in range(processes)]
+    counted = []
+    for parts in zip(*shares, strict=True):  # all processes run the same number of trees
+        counted += [i for places, weight, _ in parts for i in places if weight]
+    assert sorted(counted) == list(range(len(QUESTIONS)))
+
+
+def test_a_text_of_more_tokens_than_gpt2_has_positions_is_a_mistake(saved):
+    model = saved("gpt2").load()
+    most = model.config.max_position_embeddings
+    question = random_questions(1)[0]
+    question.prompt *= most
+    with pytest.raises(UserError, match=f"max_position_embeddings {most}"):
+        score(model, [question])
 
 
 def test_a_token_that_the_model_does_not_know_is_a_mistake(saved):

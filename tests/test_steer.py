@@ -16,8 +16,6 @@ from steer import (
     load_vector,
     logit_lens,
     natural_vector,
-    pairwise_cosines,
-    principal_component,
     save_vector,
     switched_off,
     what_is_added,
@@ -269,7 +267,6 @@ def test_constancy_is_of_every_two_rows():
     assert figures["abs_cosine"] == pytest.approx(np.mean(absolute), abs=1e-5)
     counts, _ = np.histogram(absolute, bins=20, range=(0, 1))
     assert figures["histogram"] == pytest.approx(list(counts / 36), abs=1e-5)
-    assert figures["share"] == principal_component(rows)[1]
 
 
 def test_rows_on_one_line_in_both_directions_have_an_absolute_cosine_of_one():
@@ -287,22 +284,17 @@ def test_rows_of_zeros_are_not_constant():
 def test_the_histogram_counts_a_cosine_that_rounding_makes_more_than_one_too():
     rows = torch.rand(128, generator=torch.Generator().manual_seed(2))
     rows = rows * torch.linspace(-1, 3, 60)[:, None]
-    assert pairwise_cosines(rows).max() > 1
+    unit = F.normalize(rows, dim=-1)
+    assert (unit @ unit.T).triu(1).max() > 1
     assert constancy(rows)["histogram"] == pytest.approx([0] * 19 + [1], abs=1e-5)
 
 
-def test_pairwise_cosines_are_numpys_for_every_two_rows():
+def test_the_natural_vector_is_along_numpys_first_singular_vector_of_this_share():
     rows = random(9, 5)
-    unit = rows.numpy() / np.linalg.norm(rows.numpy(), axis=1, keepdims=True)
-    expected = (unit @ unit.T)[np.triu_indices(9, 1)]
-    assert pairwise_cosines(rows).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
-
-
-def test_the_principal_component_is_numpys_first_singular_vector():
-    rows = random(9, 5)
-    direction, share = principal_component(rows)
     _, singular, directions = np.linalg.svd(rows.numpy())
-    assert abs(direction.numpy() @ directions[0]) == pytest.approx(1, abs=1e-5)
+    direction = F.normalize(natural_vector(rows), dim=0).numpy()
+    assert abs(direction @ directions[0]) == pytest.approx(1, abs=1e-5)
+    share = constancy(rows)["share"]
     assert share == pytest.approx(singular[0] ** 2 / (singular**2).sum(), abs=1e-5)
 
 
@@ -318,12 +310,12 @@ def test_the_logit_lens_orders_tokens_by_transformers_logits_of_the_vector(saved
     inner = family.theirs.transformer if name == "gpt2" else family.theirs.model
     norm = inner.ln_f if name == "gpt2" else inner.norm
     logits = (norm(vector) - norm(torch.zeros(32))) @ family.theirs.lm_head.weight.T
-    top, bottom = logit_lens(family.load(), vector, 5)
-    assert top == logits.topk(5).indices.tolist()
-    assert bottom == (-logits).topk(5).indices.tolist()
+    lens = logit_lens(family.load(), vector, 5)
+    assert lens["top"] == logits.topk(5).indices.tolist()
+    assert lens["bottom"] == (-logits).topk(5).indices.tolist()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_logit_lens_reads_a_float32_vector_in_a_bfloat16_model(saved, name):
-    top, bottom = logit_lens(saved(name).load(dtype=torch.bfloat16), random(32), 5)
-    assert len(top) == len(bottom) == 5
+    lens = logit_lens(saved(name).load(dtype=torch.bfloat16), random(32), 5)
+    assert len(lens["top"]) == len(lens["bottom"]) == 5
