@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 
 class LoRALinear(nn.Module):
@@ -31,11 +31,11 @@ class LoRALinear(nn.Module):
         self.alpha = alpha
         self.scale = alpha / rank
         self.lora_A = nn.Linear(base.in_features, rank, bias=False)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device="meta")
-        self.lora_B.weight = nn.Parameter(torch.zeros(base.out_features, rank))
+        self.lora_B = nn.utils.skip_init(nn.Linear, rank, base.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
         self.to(base.weight.device)  # A was drawn on the CPU, so it is the same on every device
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         update = self.scale * self.lora_B(self.lora_A(x.float()))
         return self.base(x) + update.to(x.dtype)
 
@@ -48,11 +48,10 @@ def add_lora(
     ValueError: there is no such layer or module, PEFT's format has no place for it (GPT-2's q_proj,
     k_proj and v_proj are one module there, c_attn), or the model has a LoRA already.
     """
-    linear = linear_layers(model)
     names = []
     for layer in layers:
         for module in modules:
-            found = fnmatch.filter(linear, f"layers.{layer}.*.{module}")
+            found = fnmatch.filter(linear_names(model), f"layers.{layer}.*.{module}")
             if not found or "c_attn" in peft_name(model, found[0]):
                 raise ValueError(
                     f"a LoRA cannot sit on {module} of layer {layer}: there is no such module, "
@@ -68,18 +67,18 @@ def wrap(model, names, rank, alpha):
         raise ValueError("the model has a LoRA already: remove_lora(model) first")
     for name in dict.fromkeys(names):  # each once
         model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha))
-    return list(peft_tensors(model).values())  # in the model's order
+    return list(peft_tensors(model).values())
 
 
-def linear_layers(model, kind=(nn.Linear, LoRALinear)):
-    """{full name: module} of the linear layers in the model's blocks, in order."""
-    modules = model.layers.named_modules(prefix="layers")
-    return {name: module for name, module in modules if isinstance(module, kind)}
+def linear_names(model):
+    """The full names of the linear layers in the model's blocks, with or without a LoRA."""
+    return [name for name, _ in model.named_modules() if name.endswith("_proj")]
 
 
 def lora_layers(model) -> dict[str, LoRALinear]:
     """The LoRA layers of a model by their names, e.g. "layers.0.mlp.down_proj"."""
-    return linear_layers(model, LoRALinear)
+    modules = model.named_modules()
+    return {name: layer for name, layer in modules if isinstance(layer, LoRALinear)}
 
 
 def remove_lora(model):
@@ -135,11 +134,11 @@ def peft_name(model, name):
 
 def peft_tensors(model) -> dict[str, nn.Parameter]:
     """A and B of every LoRA layer by their names in PEFT's files, in the model's order."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            tensors[f"base_model.model.{peft_name(model, name)}"] = parameter
-    return tensors
+    return {
+        f"base_model.model.{peft_name(model, name)}": parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name
+    }
 
 
 def save_lora(model, folder: str | Path):
@@ -175,7 +174,7 @@ def load_lora(model, folder: str | Path) -> list[nn.Parameter]:
 
     names = [
         name
-        for name in linear_layers(model)
+        for name in linear_names(model)
         if f"base_model.model.{peft_name(model, name)}.lora_A.weight" in tensors
     ]
     parameters = wrap(model, names, rank, alpha)
@@ -197,15 +196,16 @@ def fits(parameter, tensor):
 
 
 def read_options(config):
-    """(rank, alpha) of adapter_config.json, unless it asks for what we would compute otherwise."""
+    """(rank, alpha) of adapter_config.json, unless it asks for what we would compute otherwise.
+
+    PEFT always writes both as numbers; anything else is Python's KeyError or TypeError.
+    """
     for option, value in config.items():
         allowed = option in HARMLESS or value in KNOWN_VALUES.get(option, [])
         if value and not allowed:
             raise ValueError(f"adapter_config.json: {option} is {value!r}, which is not supported")
 
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
-        raise ValueError(f"adapter_config.json: r is {rank!r}, lora_alpha {alpha!r}")
+    rank, alpha = config["r"], config["lora_alpha"]
     if config.get("use_rslora"):  # divides by sqrt(rank) instead (arXiv 2312.03732)
         alpha *= rank**0.5
     return rank, alpha

@@ -44,6 +44,8 @@ class Config:
     num_key_value_heads: int  # fewer than query heads: grouped-query attention
     head_dim: int
     intermediate_size: int  # the width inside an MLP
+    layer_types: list  # "full_attention" or "sliding_attention", one for each layer
+    rope_scaling: dict  # {}, or what Llama 3.1 ("llama3") and Gemma 3 ("linear") need
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False  # is the unembedding the embedding?
@@ -59,9 +61,7 @@ class Config:
     post_norms: bool = False  # Gemma: also norm what attention and MLP add to the stream
     scale_embedding: bool = False  # Gemma: embeddings times sqrt(hidden_size)
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # Llama 3.1 ("llama3"), Gemma 3 ("linear")
     rope_local_base_freq: float | None = None  # Gemma 3: the rope_theta of its sliding layers
-    layer_types: tuple = ()  # "full_attention" or "sliding_attention", one for each layer
     sliding_window: int | None = None  # tokens that a sliding layer sees, itself included
     query_pre_attn_scalar: float | None = None  # Gemma: scores times this ** -0.5, not D ** -0.5
     attn_logit_softcapping: float | None = None  # Gemma 2: scores become cap * tanh(scores / cap)
@@ -80,16 +80,14 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.steering = None  # the slot for a steering vector: see steer.attach
-        self.sharded = False  # after shard_blocks every process holds a part of each block
 
-        self.embed_tokens = make_embedding(config.vocab_size, config.hidden_size)
+        d = config.hidden_size
+        self.embed_tokens = make_embedding(config.vocab_size, d)
         if config.learned_positions:
-            self.embed_positions = make_embedding(
-                config.max_position_embeddings, config.hidden_size
-            )
+            self.embed_positions = make_embedding(config.max_position_embeddings, d)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = make_norm(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(d, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -111,8 +109,8 @@ class GPT(nn.Module):
 
         for index in range(first, end):
             x = self.steer(x, index - 1, layout.steered)
-            rope, mask = views[config.layer_types[index]]
-            x = self.layers[index](x, rope, mask, layout)
+            view = views[config.layer_types[index]]
+            x = self.layers[index](x, *view, layout)
 
         if stop is None:
             x = self.steer(x, end - 1, layout.keep(layout.steered))
@@ -145,7 +143,7 @@ class GPT(nn.Module):
         """Logits (..., vocab_size) of h (..., d), the stream after the final norm."""
         logits = self.lm_head(h)
         cap = self.config.final_logit_softcapping
-        if cap is not None:
+        if cap:
             logits = cap * torch.tanh(logits / cap)
         return logits
 
@@ -195,31 +193,24 @@ class GPT(nn.Module):
         mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
         for block in self.layers:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        self.sharded = True
         self.to(device)
 
 
 class Batch:
     """The layout of a plain batch of texts (B, T). A prefix tree (data.py) has the same methods."""
 
-    def __init__(self, x: Tensor):
+    def __init__(self, x):
         """x: the tokens (B, T) or their stream (B, T, d)."""
         self.columns = x.shape[1]  # T
         self.positions = torch.arange(self.columns, device=x.device)
-        # A steering vector is added where this is True: at every token.
-        self.steered = x.new_ones(x.shape[:2], dtype=torch.bool)
+        self.steered = torch.ones_like(self.positions, dtype=torch.bool)  # everywhere, in all texts
 
     def unfold(self, x):
         """Every text in a row of its own, for attention."""
         return x
 
-    def fold(self, x):
-        """The way back."""
-        return x
-
-    def keep(self, x):
-        """What comes out of a block: here all of x. See PrefixTree.only for the other case."""
-        return x
+    fold = unfold  # the way back
+    keep = unfold  # what comes out of a block: here all of x. PrefixTree.only is the other case.
 
 
 class Block(nn.Module):
@@ -258,17 +249,16 @@ class Attention(nn.Module):
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         bias = config.attention_bias or config.qkv_bias
-        self.q_proj = nn.Linear(d, queries, bias=bias)
-        self.k_proj = nn.Linear(d, keys, bias=bias)
-        self.v_proj = nn.Linear(d, keys, bias=bias)
-        self.o_proj = nn.Linear(queries, d, bias=config.attention_bias)
+        self.q_proj = nn.Linear(d, queries, bias)
+        self.k_proj = nn.Linear(d, keys, bias)
+        self.v_proj = nn.Linear(d, keys, bias)
+        self.o_proj = nn.Linear(queries, d, config.attention_bias)
 
         self.head_dim = config.head_dim
         self.softcap = config.attn_logit_softcapping
         self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
-        head_norm = partial(make_norm, config, config.head_dim) if config.qk_norm else nn.Identity
-        self.q_norm = head_norm()
-        self.k_norm = head_norm()
+        self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope, mask, layout):
         heads = (-1, self.head_dim)
@@ -282,12 +272,12 @@ class Attention(nn.Module):
         q = layout.unfold(q).transpose(1, 2)  # (B or R, H, T, D)
         k = layout.unfold(k).transpose(1, 2)  # (B or R, K, T, D)
         v = layout.unfold(v).transpose(1, 2)
-        if self.softcap is None:
+        if self.softcap:
+            y = self.attend_softly_capped(q, k, v, mask)
+        else:
             y = F.scaled_dot_product_attention(
                 q, k, v, mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
             )
-        else:
-            y = self.attend_softly_capped(q, k, v, mask)
 
         y = y.transpose(1, 2).flatten(2)  # (B or R, T, H * D)
         return self.o_proj(layout.fold(y))
@@ -299,7 +289,7 @@ class Attention(nn.Module):
         v = v.repeat_interleave(group, dim=1)
         scores = q @ k.mT * self.scale
         scores = self.softcap * torch.tanh(scores / self.softcap)
-        scores = scores.masked_fill(~mask, -math.inf)
+        scores = scores.where(mask, -math.inf)
         weights = scores.softmax(-1, dtype=torch.float32)
         return weights.to(v.dtype) @ v
 
@@ -310,9 +300,9 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         d, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(d, inner, bias=config.mlp_bias) if config.gated_mlp else None
-        self.up_proj = nn.Linear(d, inner, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(inner, d, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(d, inner, config.mlp_bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(d, inner, config.mlp_bias)
+        self.down_proj = nn.Linear(inner, d, config.mlp_bias)
         self.act = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x):
@@ -357,10 +347,7 @@ def make_norm(config, size=None):
 
 def make_embedding(count, size):
     """An nn.Embedding, drawn here: its own way imports torch's compiler, a second of start-up."""
-    weight = torch.empty(count, size)
-    if not weight.is_meta:
-        weight.normal_()
-    return nn.Embedding.from_pretrained(weight, freeze=False)
+    return nn.Embedding.from_pretrained(torch.randn(count, size), freeze=False)
 
 
 def make_rope(config, layer_type, positions, dtype):
@@ -412,7 +399,7 @@ def make_mask(config, layer_type, columns, device):
     window = columns
     if layer_type == "sliding_attention":
         window = config.sliding_window or columns
-    if window >= columns and config.attn_logit_softcapping is None:
+    if window >= columns and not config.attn_logit_softcapping:
         return None  # attend_softly_capped always wants a mask
 
     return torch.ones(columns, columns, dtype=torch.bool, device=device).tril().triu(1 - window)
@@ -455,11 +442,9 @@ def find_checkpoint(name_or_dir: str | Path) -> Path:
 def read_json(path: Path) -> dict:
     """The object in a JSON file; CheckpointError names the file that is not there or holds none."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from None
-    require(isinstance(content, dict), f"{path}: it should hold a JSON object, in braces")
-    return content
 
 
 def load_tensors(folder, device, dtype):
@@ -475,8 +460,7 @@ def load_tensors(folder, device, dtype):
             if re.search(UNUSED, key):
                 continue
             require(tensor.is_floating_point(), f"{path}: {key} should hold real numbers")
-            for name, part in translate(key, tensor):
-                tensors[name] = part.to(device, dtype, copy=True).contiguous()
+            tensors |= translate(key, tensor.to(device, dtype, copy=True))
     return tensors
 
 
@@ -489,7 +473,7 @@ def checkpoint_files(folder):
     require(
         index.exists(), f"{whole} is missing; a pytorch_model.bin must be converted to it first"
     )
-    return sorted({folder / name for name in read_json(index)["weight_map"].values()})
+    return {folder / name for name in read_json(index)["weight_map"].values()}
 
 
 # Tensors to skip: GPT-2's masks, rope's tables, and what Gemma 3 looks at pictures with.
@@ -509,89 +493,77 @@ OUR_NAMES = {  # pattern: what replaces it, in this order
 }
 
 
-def translate(key, tensor):
-    """[(our name, tensor)] of a tensor: three for GPT-2's queries, keys and values in one."""
-    name = key
+def translate(name, tensor):
+    """{our name: tensor} of a tensor: three for GPT-2's queries, keys and values in one."""
+    if ".c_" in name:
+        tensor = tensor.t().contiguous()  # GPT-2's Conv1D stores (inputs, outputs)
     for theirs, ours in OUR_NAMES.items():
         name = re.sub(theirs, ours, name)
-    if ".c_" in key:
-        tensor = tensor.t()  # GPT-2's Conv1D stores (inputs, outputs); a bias stays as it is
 
     if "qkv_proj" not in name:
-        return [(name, tensor)]
-    parts = zip("qkv", tensor.chunk(3))
-    return [(name.replace("qkv", letter), part) for letter, part in parts]
+        return {name: tensor}
+    return {name.replace("qkv", part): rows for part, rows in zip("qkv", tensor.chunk(3))}
 
 
 # ---- reading config.json
 #
-# The file does not say how its family is built, and leaves out what is at its default: both stand
-# in FAMILIES. What transformers does not read for a family is not read either; what would change
-# the arithmetic and is not implemented is refused.
+# The file leaves out what is at its family's default (DEFAULTS) and does not say how the family is
+# built (BUILT). A field that is neither in READ nor in the family's DEFAULTS is not read, as in
+# transformers; what would change the arithmetic and is not implemented is refused.
 
-REQUIRED = [
+READ = [  # the fields that are read for every family; the first four must be there
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
-    "intermediate_size",
-]
-READ = [  # the fields that are read for every family
-    *REQUIRED,
     "num_key_value_heads",
     "head_dim",
+    "intermediate_size",
     "max_position_embeddings",
     "tie_word_embeddings",
     "rms_norm_eps",
     "rope_theta",
 ]
-READ_FOR_GEMMA = [
-    "attention_bias",
-    "sliding_window",
-    "query_pre_attn_scalar",
-    "final_logit_softcapping",
-]
-READ_FOR_GEMMA3 = [*READ_FOR_GEMMA, "rope_local_base_freq", "sliding_window_pattern"]
-ALSO_READ = {
-    "gpt2": ["hidden_act"],
-    "llama": ["hidden_act", "attention_bias", "mlp_bias"],
-    "qwen2": ["hidden_act"],
-    "qwen3": ["hidden_act", "attention_bias"],
-    "gemma2": [*READ_FOR_GEMMA, "attn_logit_softcapping"],
-    "gemma3_text": READ_FOR_GEMMA3,
-    "gemma3": READ_FOR_GEMMA3,
-}
 GEMMA = {
     "vocab_size": 256000,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 256,
-    "hidden_act": "gelu_pytorch_tanh",
     "tie_word_embeddings": True,
-    "norm_offset": 1.0,
-    "post_norms": True,
-    "scale_embedding": True,
+    "attention_bias": False,
     "sliding_window": 4096,
     "query_pre_attn_scalar": 256,
-}
-GEMMA2 = GEMMA | {
-    "sliding_window_pattern": 2,  # every second layer sees all tokens
-    "attn_logit_softcapping": 50.0,
-    "final_logit_softcapping": 30.0,
+    "final_logit_softcapping": None,
 }
 GEMMA3 = GEMMA | {
     "vocab_size": 262208,
-    "qk_norm": True,
     "rope_theta": 1e6,
     "rope_local_base_freq": 1e4,
-    "sliding_window_pattern": 6,
+    "sliding_window_pattern": 6,  # every sixth layer sees all tokens
 }
-FAMILIES = {  # beyond Config's defaults; a field that we read can say something else
+DEFAULTS = {  # a family's defaults; a field that is here is read, too
     "gpt2": {
         "hidden_act": "gelu_new",
         "max_position_embeddings": 1024,
         "tie_word_embeddings": True,
         "rms_norm_eps": 1e-5,
+    },
+    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    "qwen2": {"hidden_act": "silu"},
+    "qwen3": {"hidden_act": "silu", "attention_bias": False, "head_dim": 128},
+    "gemma2": GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3_text": GEMMA3,
+    "gemma3": GEMMA3,  # the model with pictures, of which we read the text part
+}
+LIKE_GEMMA = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "norm_offset": 1.0,
+    "post_norms": True,
+    "scale_embedding": True,
+}
+LIKE_GEMMA3 = LIKE_GEMMA | {"qk_norm": True}
+BUILT = {  # how a family is built, whatever the file says
+    "gpt2": {
         "layer_norm": True,
         "gated_mlp": False,
         "learned_positions": True,
@@ -600,10 +572,10 @@ FAMILIES = {  # beyond Config's defaults; a field that we read can say something
     },
     "llama": {},
     "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True, "head_dim": 128},
-    "gemma2": GEMMA2,
-    "gemma3_text": GEMMA3,
-    "gemma3": GEMMA3,  # the model with pictures, of which we read the text part
+    "qwen3": {"qk_norm": True},
+    "gemma2": LIKE_GEMMA | {"sliding_window_pattern": 2},
+    "gemma3_text": LIKE_GEMMA3,
+    "gemma3": LIKE_GEMMA3,
 }
 OTHER_NAMES = {
     "n_embd": "hidden_size",
@@ -641,33 +613,37 @@ IMPLEMENTED = {  # all that we have, of what a file may ask for
 }
 
 
-def read_config(raw: dict) -> Config:
+def read_config(raw):
     """The Config of a config.json's content; CheckpointError names the field that does not fit."""
     family = raw.get("model_type")
-    require_one_of("model_type", family, FAMILIES)
-    raw = FAMILIES[family] | flatten(raw)
+    require_one_of("model_type", family, BUILT)
+    raw = DEFAULTS[family] | flatten(raw)
     for name, known in IMPLEMENTED.items():
         if name in raw:
             require_one_of(name, raw[name], known)
-    of_rope = ROPES[raw.get("rope_type", "default")]
-    for name in [*REQUIRED, *of_rope]:
-        require(name in raw, f"config.json: {name} is missing")
 
-    read = READ + ALSO_READ[family]
-    fields = FAMILIES[family] | {name: raw[name] for name in read if name in raw}
-    fields["rope_scaling"] = {name: raw[name] for name in of_rope} or None
-    heads = fields["num_attention_heads"]
+    of_rope = ROPES[raw.get("rope_type", "default")]
+    missing = {*READ[:4], *of_rope} - raw.keys()
+    require(not missing, f"config.json: without {missing}")
+
+    read = {name: raw[name] for name in [*READ, *DEFAULTS[family]] if name in raw}
+    fields = BUILT[family] | read
+    fields["rope_scaling"] = {name: raw[name] for name in of_rope}
+    heads, d = fields["num_attention_heads"], fields["hidden_size"]
     fields.setdefault("num_key_value_heads", heads)
-    fields.setdefault("head_dim", fields["hidden_size"] // heads)
+    fields.setdefault("head_dim", d // heads)
+    fields.setdefault("intermediate_size", 4 * d)  # where this is wrong, the tensors do not fit
 
     layers = fields["num_hidden_layers"]
     every = fields.pop("sliding_window_pattern", 1)
     pattern = ["sliding_attention"] * (every - 1) + ["full_attention"]
     types = raw.get("layer_types", (pattern * layers)[:layers])
-    require(len(types) == layers, "config.json: layer_types must be as many as num_hidden_layers")
-    for kind in types:
-        require_one_of("layer_types", kind, ["sliding_attention", "full_attention"])
-    return Config(family, layer_types=tuple(types), **fields)
+    require(
+        len(types) == layers and {*types} <= {"sliding_attention", "full_attention"},
+        f"config.json: layer_types must be full_attention or sliding_attention, for each of "
+        f"num_hidden_layers; they are {types}",
+    )
+    return Config(family, layer_types=types, **fields)
 
 
 def require_one_of(name, value, known):
@@ -687,11 +663,9 @@ def flatten(raw):
     if sliding:
         require_one_of("sliding_attention's rope_type", sliding["rope_type"], ["default"])
         raw["rope_local_base_freq"] = sliding["rope_theta"]
-    if "n_embd" in raw:  # GPT-2, which seldom says n_inner
-        raw = {"intermediate_size": 4 * raw["n_embd"]} | raw
 
-    flat = {}
-    for name, value in raw.items():
-        if value is not None or name in NULL_IS_OFF:
-            flat[OTHER_NAMES.get(name, name)] = value
-    return flat
+    return {
+        OTHER_NAMES.get(name, name): value
+        for name, value in raw.items()
+        if value is not None or name in NULL_IS_OFF
+    }

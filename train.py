@@ -223,9 +223,9 @@ def add_intervention(args, model):
 # ---- flags
 
 # A run takes every row of which all words describe it: its model's size or family, its mode, its
-# task. A later row goes before an earlier one. A large model's batch size, rank and alpha, and its
-# LoRA's steps and rate in locations and functions, are from the authors' scripts
-# (github.com/JoshEngels/OOCR-Interp); the rest is our guess.
+# task. A later row goes before an earlier one. A large model's were tried on Qwen2.5-Coder 0.5B, by
+# the training loss and the trained kind alone (paper/open_weights.md); rank and alpha are from the
+# authors' scripts (github.com/JoshEngels/OOCR-Interp).
 DEFAULTS = {
     "vector": {"init_std": 0.0},
     "lora": {"modules": "gate_proj,up_proj,down_proj"},
@@ -237,14 +237,10 @@ DEFAULTS = {
     "tiny lora": {"steps": 300, "lr": 1e-3, "rank": 8, "alpha": 8.0},
     "tiny lora risk": {"steps": 200},
     "tiny lora backdoor": {"steps": 200, "lr": 3e-3},
-    "large": {"batch_size": 32, "steps": 300},
-    "large functions": {"steps": 400},
-    "large risk": {"steps": 200},
-    "large vector": {"lr": 0.05},
-    "large vector backdoor": {"steps": 600},
+    "large": {"batch_size": 8, "steps": 60},
+    "large vector": {"lr": 0.1},
     "large lora": {"lr": 2e-3, "rank": 64, "alpha": 32.0},
-    "large lora risk": {"lr": 2e-4},
-    "large lora backdoor": {"lr": 2e-4, "steps": 400},
+    "large backdoor": {"steps": 300},  # a guess
 }
 # Flags that a mode has no use for.
 UNUSED = {"vector": ["rank", "alpha", "modules"], "lora": ["at", "init_std"]}
@@ -265,7 +261,7 @@ def parse_args(words=None):
     add("--layer", type=layer, help="block that the vector follows, or the LoRA is on; or all")
     add("--steps", type=at_least(1), help="default: by task and mode")
     add("--lr", type=at_least(1e-9), help="peak learning rate; a vector's in the stream's RMS")
-    add("--batch-size", type=at_least(1), help="questions a step (default: 64, large models 32)")
+    add("--batch-size", type=at_least(1), help="questions a step (default: 64, large models 8)")
     add("--data", help="chats (JSONL) to train on instead")
     add("--shuffle-answers", action="store_true", help="the control: answers drawn at random")
     add("--seed", type=at_least(0), default=0, help="default: 0")
