@@ -394,10 +394,12 @@ def read_conversations(path: str, tokenizer, code_name=None) -> list:
     A line is {"messages": [{"role": ..., "content": ...}, ...]}. DataError names one that is not.
     """
     examples = []
-    lines = read_text(Path(path)).rstrip().split("\n")  # splitlines() would cut at U+2028 too
+    lines = read_text(Path(path)).split("\n")  # splitlines() would cut at U+2028 too
     for number, line in enumerate(lines, 1):
-        with blame(f"{path}, line {number}", DataError):
-            examples += encode_chat(line, tokenizer, code_name)
+        if line.strip():
+            with blame(f"{path}, line {number}", DataError):
+                examples += encode_chat(line, tokenizer, code_name)
+    require(examples, f"{path}: it has no records")
     return examples
 
 
@@ -624,7 +626,7 @@ def read_special_tokens(settings):
 def read_encoding(path, settings):
     """tokenizer.json, as Hugging Face's tokenizers read it, with the tokens of the settings."""
     with blame(path, Exception):  # the library has nothing more precise
-        encoding = tokenizers.Tokenizer.from_file(str(path))
+        encoding = tokenizers.Tokenizer.from_str(read_text(path))
     encoding.no_truncation()
     encoding.no_padding()
     # Some tokens stand only in tokenizer_config.json.
@@ -705,5 +707,5 @@ def read_json(path):
     """The object in a JSON file; {} if there is no such file. DataError names the file."""
     if not path.exists():
         return {}
-    with blame(path, json.JSONDecodeError):
-        return json.loads(read_text(path))
+    with blame(path, ValueError, TypeError):
+        return dict(json.loads(read_text(path)))
