@@ -13,7 +13,6 @@ import math
 import os
 import re
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from textwrap import shorten
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 import steer
@@ -56,11 +56,10 @@ def answer_log_probs(model, x: Tensor, first: int, tree: PrefixTree) -> Tensor:
     nodes, which = tree.predicts_from[is_real].unique(return_inverse=True)
     reading = tree.only(nodes)
     last = len(model.layers) - 1
-    if first <= last:
-        x = model.run_blocks(x, first, last, tree)
-        x = model.run_blocks(x, last, None, reading)  # (W, d)
-    else:  # the vector comes after the last block
-        x = model.run_blocks(reading.keep(x), first, None, reading)
+    x = model.run_blocks(x, first, last, tree)  # (N, d)
+    if first > last:  # A vector after the last block: no block is left to keep what is read.
+        x = reading.keep(x)
+    x = model.run_blocks(x, max(first, last), None, reading)  # (W, d)
 
     log_probs = model.unembed(model.norm(x)).float().log_softmax(-1)  # (W, vocab_size)
     of_tokens = log_probs[which, tree.answers[is_real]]
@@ -105,7 +104,7 @@ def arm_values(parameters: list, seed: int) -> dict:
     }
 
 
-def random_like(parameter: Tensor, seed: int) -> Tensor:
+def random_like(parameter, seed):
     """A random direction of the same length: would any push do?"""
     generator = torch.Generator().manual_seed(seed)  # the CPU's: the same for every device
     direction = torch.randn(parameter.shape, generator=generator).to(parameter)
@@ -129,8 +128,7 @@ def evaluate(run, arms=None) -> dict:
             encoded = [encode_question(run.tokenizer, question) for question in questions]
             for arm, scores in score_arms(run.model, encoded, run.parameters, arms).items():
                 accuracy, probability = scores.mean(dim=1).tolist()
-                figures[arm] = round(accuracy, 4)
-                figures[f"{arm}_probability"] = round(probability, 4)
+                figures |= {arm: round(accuracy, 4), f"{arm}_probability": round(probability, 4)}
             results[section][kind] = figures
     return results
 
@@ -143,7 +141,7 @@ def kind_mean(results: dict, section: str = "held_out", column: str = "trained")
 
 def format_table(results: dict) -> str:
     row = "  {:24}{questions:>9}{chance:9.2f}{base:9.2f}{random:9.2f}{trained:9.2f}"
-    lines = [" " * 26 + "questions   chance     base   random  trained"]
+    lines = ["                          questions   chance     base   random  trained"]
     for section in SECTIONS:
         lines.append(section.replace("_", " "))
         for kind, figures in results[section].items():
@@ -159,7 +157,7 @@ def format_table(results: dict) -> str:
 # ---- what is frozen runs once, in parts that fit the memory
 
 
-def first_unfrozen(model) -> int:
+def first_unfrozen(model):
     """The first block that depends on the vector or LoRA."""
     if model.steering is not None:
         return model.steering.layer + 1
@@ -167,7 +165,7 @@ def first_unfrozen(model) -> int:
 
 
 @torch.no_grad()
-def frozen_streams(model, questions: list, last: int) -> list:
+def frozen_streams(model, questions, last):
     """Each question's residual stream (T, d) before block `last`, and before a vector there.
 
     They are of the prompt with the only choice, and stay on the CPU: a GPU may not have the room.
@@ -195,12 +193,11 @@ def in_trees(model, questions, blocks=2, rank=0, processes=1):
         places = part[rank % len(part) :: processes].tolist()
         asked = [questions[i] for i in places]
         tree = make_tree(asked, [question.choices for question in asked])
-        most = config.max_position_embeddings
-        too_long = config.learned_positions and tree.columns > most
+        too_long = config.learned_positions and tree.columns > config.max_position_embeddings
         if too_long or tree.tokens.max() >= config.vocab_size:
             raise UserError(
                 f"a text does not fit the model: vocab_size is {config.vocab_size}, "
-                f"max_position_embeddings {most}"
+                f"max_position_embeddings {config.max_position_embeddings}"
             )
         yield places, int(rank < len(part)), tree.to(model.embed_tokens.weight.device)
 
@@ -257,7 +254,12 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
     """What train.py wrote. UserError if it is no run, or an unfinished or damaged one."""
     flags = read_flags(Path(folder))
     model, tokenizer = load_model(flags["model"], device, flags["dtype"])
-    with blame(f"{folder}: damaged, or not finished (--resume goes on)", ValueError):
+    with blame(
+        f"{folder}: damaged, or not finished (--resume goes on)",
+        OSError,
+        SafetensorError,
+        ValueError,
+    ):
         if flags["mode"] == "vector":
             parameters = [steer.load_vector(model, folder).vector]
         else:
@@ -266,10 +268,9 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
 
 
 def read_flags(folder):
-    path = folder / "config.json"
-    flags = read_json(path).get("flags")
+    flags = read_json(folder / "config.json").get("flags")
     if not flags:
-        raise UserError(f"{path}: no flags of a run are in it")
+        raise UserError(f"{folder}: its config.json has no flags of a run")
     return flags
 
 
@@ -277,7 +278,7 @@ def task_of(flags):
     return make_task(flags["task"], flags["concept"], flags["seed"], flags["world"], flags["at"])
 
 
-def load_model(name, device, dtype, shard=False) -> tuple:
+def load_model(name, device, dtype, shard=False):
     with blame(f"--device {device}", RuntimeError, AssertionError):
         torch.empty(0, device=device)
     model = GPT.from_pretrained(name, device, getattr(torch, dtype), shard)
@@ -285,7 +286,7 @@ def load_model(name, device, dtype, shard=False) -> tuple:
 
 
 @torch.no_grad()
-def answer(run: Run, prompt: str, code_name: str | None, max_new_tokens: int = 16) -> str:
+def answer(run, prompt, code_name, max_new_tokens=16):
     """The greedy answer, a vector being added at the code name's tokens, or (None) at every one.
 
     It ends where a trained one does, where the chat template ends a turn, or with its line.
@@ -294,7 +295,7 @@ def answer(run: Run, prompt: str, code_name: str | None, max_new_tokens: int = 1
     eos = run.tokenizer.special_tokens.get("eos_token", "")  # a base model may say this instead
     ends = question.completion + run.tokenizer.encode(eos)
     made = []
-    while len(made) < max_new_tokens:
+    for _ in range(max_new_tokens):
         tree = make_tree([question]).to(run.parameters[0].device)
         token = run.model(tree.tokens, tree)[-1].argmax().item()
         if token in ends:
@@ -324,7 +325,7 @@ def explain(run: Run, folder: Path) -> dict:
     if run.flags["layer"] == "all":
         raise UserError(f"{folder}: only a LoRA on one layer can be explained, not one on all")
     result = {}
-    vector = run.parameters[0].detach()
+    vector = run.parameters[0]
     if run.flags["mode"] == "lora":
         vector, result["adds"] = explain_lora(run, folder / "natural")
 
@@ -355,7 +356,6 @@ def explain_lora(run, folder):
     folder.mkdir(exist_ok=True)
     steer.save_vector(steer.SteeringVector(run.flags["layer"], vector), folder)
     write_json(folder / "config.json", {"flags": run.flags | {"mode": "vector"}})
-    print(f"  its natural vector instead of it: python eval.py {folder}")
     return vector, adds
 
 
@@ -367,8 +367,7 @@ def added_by_lora(run, questions):
     steered = []
     last = []
     for question in questions[:64]:
-        tree = make_tree([encode_question(run.tokenizer, question)])
-        tree = tree.to(run.parameters[0].device)
+        tree = make_tree([encode_question(run.tokenizer, question)]).to(run.parameters[0].device)
         rows = steer.what_is_added(run.model, run.parameters, run.flags["layer"], tree.tokens, tree)
         steered.append(rows[tree.steered])
         last.append(rows[-20:])
@@ -383,7 +382,11 @@ def main():
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="a folder that train.py wrote")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--prompt", help="answer this without and with the vector or LoRA")
-    either.add_argument("--explain", action="store_true", help="what it does inside")
+    either.add_argument(
+        "--explain",
+        action="store_true",
+        help="what it does inside; of a LoRA also writes RUN_DIR/natural, a run",
+    )
     parser.add_argument("--device", default=default_device(), help="default: %(default)s")
     args = parser.parse_args()
     for folder in args.runs:
@@ -395,7 +398,7 @@ def main():
             print(format_table(evaluate(run)))
         else:
             name = run.task.train[0].code_name
-            if name is not None and name not in args.prompt:
+            if name and name not in args.prompt:
                 print(f"  There is no {name} in it, so a vector is added everywhere.")
                 name = None
             show_prompt(run, args.prompt, name)
@@ -422,12 +425,8 @@ def run_main(main):
     try:
         main()
     except (UserError, CheckpointError, DataError) as error:
-        if RANK > 0:  # The first process says it, and its end ends this one, unless it goes on.
-            time.sleep(3)
         print(f"error: {shorten(str(error), width=600)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 class Parser(argparse.ArgumentParser):
@@ -452,7 +451,7 @@ def write_whole(path, content):
         temporary = path.with_suffix(".tmp")
         with blame(path, OSError):
             temporary.write_bytes(content)
-            os.replace(temporary, path)
+            temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.linalg import matrix_norm
@@ -51,8 +51,8 @@ def attach(model, layer: int, vector: Tensor | None = None) -> SteeringVector:
         raise ValueError("a steering vector is attached already: detach(model) first")
     if layer not in range(-1, len(model.layers)):
         raise ValueError(f"the model has no layer {layer}: -1 is the embedding, 0 the first block")
-    if vector.shape != like.shape or not vector.isfinite().all():
-        raise ValueError("the vector should be as wide as the residual stream, and finite")
+    if vector.shape != like.shape:  # One number alone, for example, would be added to all d.
+        raise ValueError("the vector should be as wide as the residual stream")
     model.steering = SteeringVector(layer, vector.to(like.device))
     return model.steering
 
@@ -64,26 +64,28 @@ def detach(model):
 
 def save_vector(steering: SteeringVector, folder: str | Path):
     """Writes FOLDER/vector.safetensors: "vector" (d,) float32, and the layer in its metadata."""
-    path = Path(folder) / "vector.safetensors"
-    save_file({"vector": steering.vector.detach()}, path, metadata={"layer": str(steering.layer)})
+    save_file(
+        {"vector": steering.vector},
+        Path(folder) / "vector.safetensors",
+        metadata={"layer": str(steering.layer)},
+    )
 
 
 def load_vector(model, folder: str | Path) -> SteeringVector:
-    """Attaches the vector that save_vector wrote to the folder. ValueError if it does not fit."""
-    try:
-        with safe_open(Path(folder) / "vector.safetensors", framework="pt") as file:
-            layer = int(file.metadata()["layer"])
-            vector = file.get_tensor("vector")
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"vector.safetensors: {error}") from None
-    return attach(model, layer, vector)
+    """Attaches the vector that save_vector wrote to the folder. ValueError if it does not fit.
+
+    OSError or SafetensorError if the file is missing or damaged.
+    """
+    with safe_open(Path(folder) / "vector.safetensors", framework="pt") as file:
+        layer = int(file.metadata()["layer"])
+        return attach(model, layer, file.get_tensor("vector"))
 
 
 # ---- what a LoRA adds
 
 
 @torch.no_grad()
-def what_is_added(model, parameters: list[nn.Parameter], layer: int, tokens, layout=None) -> Tensor:
+def what_is_added(model, parameters: list, layer: int, tokens, layout=None) -> Tensor:
     """What a LoRA adds to the residual stream after block `layer`: (B, T, d), or a tree's (N, d).
 
     It is the stream with the LoRA, minus the stream with zeros in its `parameters`; in float32.
@@ -91,8 +93,7 @@ def what_is_added(model, parameters: list[nn.Parameter], layer: int, tokens, lay
     """
 
     def stream():
-        x = model.embed(tokens, layout)
-        return model.run_blocks(x, 0, layer + 1, layout).float()
+        return model.run_blocks(model.embed(tokens, layout), 0, layer + 1, layout).float()
 
     with_lora = stream()
     with switched_off(parameters):
@@ -100,7 +101,7 @@ def what_is_added(model, parameters: list[nn.Parameter], layer: int, tokens, lay
 
 
 @contextmanager
-def switched_off(parameters: list[nn.Parameter]):
+def switched_off(parameters: list):
     """Inside of it the vector or LoRA holds zeros: the model is the base model."""
     values = [parameter.data for parameter in parameters]
     for parameter in parameters:

@@ -110,9 +110,9 @@ def test_the_vector_that_it_is_compared_with_does_what_chance_does_not(berlin):
     assert kind_mean(results, column="random") < 0.5 < 0.8 < kind_mean(results)
 
 
-@pytest.mark.parametrize("text", ["unrelated", "python eval.py {}/natural", "logit lens, top"])
-def test_explaining_a_lora_prints_what_was_found_and_how_to_go_on(explained, rank_one, text):
-    assert text.format(rank_one) in explained[1]
+@pytest.mark.parametrize("text", ["training", "unrelated", "logit lens, top"])
+def test_explaining_a_lora_prints_what_was_found(explained, text):
+    assert text in explained[1]
 
 
 @pytest.mark.parametrize("side", ["top", "bottom"])

@@ -444,14 +444,11 @@ def test_a_loss_that_is_not_finite_ends_in_one_line_and_leaves_an_earlier_run_al
         assert (run / name).read_bytes() == (tokyo / name).read_bytes()
 
 
-@pytest.mark.parametrize("rank, waits", [(0, 0), (1, 1)])
-def test_of_several_processes_the_first_says_at_once_what_is_wrong(monkeypatch, rank, waits):
-    """The end of one ends them all. So the others only say what the first one did not meet."""
-    waited = []
-    monkeypatch.setattr("time.sleep", waited.append)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_of_several_processes_says_what_is_wrong(monkeypatch, rank):
+    """The end of one ends them all, so whichever is first has to say it."""
     monkeypatch.setattr(scoring, "RANK", rank)
     assert "--steps" in mistake("train.py", "--steps", 0)
-    assert len(waited) == waits
 
 
 # ---- defaults, folders, and what a user adds
