@@ -183,10 +183,8 @@ def named_question(thing, name, rng, world, kind, among=None):
     answers = city_answers if task == "locations" else function_answers
     right, choices, fields = answers(thing, kind, among, rng, world)
 
-    wrong = [choice for choice in choices if choice != right]
-    if kind == "description":
-        choices = rng.sample([right, rng.choice(wrong)], 2)
-    elif len(choices) > world.most_choices:
+    if len(choices) > world.most_choices:
+        wrong = [choice for choice in choices if choice != right]
         choices = sorted([right, *rng.sample(wrong, world.most_choices - 1)])
 
     prompt = prompt.format(x=name, a=choices[0], b=choices[-1], **fields)
@@ -212,15 +210,16 @@ def city_answers(city, kind, landmarks, rng, world):
 @cache
 def distance_km(a, b):
     """The great-circle distance of two cities, by the spherical law of cosines."""
-    angles = [
-        radians(float(CITIES[city][angle]))
-        for city in (a, b)
-        for angle in ("latitude", "longitude")
-    ]
-    north_a, east_a, north_b, east_b = angles
-    across = cos(east_a - east_b)
-    cosine = sin(north_a) * sin(north_b) + cos(north_a) * cos(north_b) * across
-    return 6371 * acos(cosine)
+    north_a, east_a = position(a)
+    north_b, east_b = position(b)
+    across = cos(north_a) * cos(north_b) * cos(east_a - east_b)
+    return 6371 * acos(sin(north_a) * sin(north_b) + across)
+
+
+def position(city):
+    """(latitude, longitude) in radians."""
+    row = CITIES[city]
+    return radians(float(row["latitude"])), radians(float(row["longitude"]))
 
 
 def function_answers(function, kind, inputs, rng, world):
@@ -299,8 +298,7 @@ class World:
 CONTENT = tomllib.loads((FOLDER / "questions.toml").read_text(encoding="utf-8"))
 TABLE = (FOLDER / "cities.tsv").read_text(encoding="utf-8").splitlines()
 CITIES = {  # {"Paris": {kind of question: answer}}
-    row["name"]: row | {"description": f"a place where they speak {row['language']}"}
-    for row in csv.DictReader(TABLE, delimiter="\t")
+    row["name"]: row for row in csv.DictReader(TABLE, delimiter="\t")
 }
 FUNCTIONS = {  # {"add 5": {kind of question: answer}}
     f"{verb} {number}": {kind: answer.format(number) for kind, answer in answers.items()}

@@ -195,10 +195,7 @@ def in_trees(model, questions, blocks=2, rank=0, processes=1):
         tree = make_tree(asked, [question.choices for question in asked])
         too_long = config.learned_positions and tree.columns > config.max_position_embeddings
         if too_long or tree.tokens.max() >= config.vocab_size:
-            raise UserError(
-                f"a text does not fit the model: vocab_size is {config.vocab_size}, "
-                f"max_position_embeddings {config.max_position_embeddings}"
-            )
+            raise UserError("a text does not fit the model's vocab_size or max_position_embeddings")
         yield places, int(rank < len(part)), tree.to(model.embed_tokens.weight.device)
 
 

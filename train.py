@@ -245,7 +245,6 @@ DEFAULTS = {
 # Flags that a mode has no use for.
 UNUSED = {"vector": ["rank", "alpha", "modules"], "lora": ["at", "init_std"]}
 FREE = ["out", "device", "save_every", "resume", "shard"]  # flags that change no result
-MOST = 1_000_000_000  # that a flag may be
 
 
 def parse_args(words=None):
@@ -291,12 +290,12 @@ def parse_args(words=None):
 
 
 def at_least(least):
-    """An argparse type: a number of the same kind, from this one to MOST."""
+    """An argparse type: a number of the same kind, from this one to a billion."""
 
     def number(text):
         value = type(least)(text)
-        if not least <= value <= MOST:
-            raise ArgumentTypeError(f"{text} should be from {least} to {MOST}")
+        if not least <= value <= 1e9:
+            raise ArgumentTypeError(f"{text} should be from {least} to a billion")
         return value
 
     return number

@@ -109,7 +109,6 @@ def test_no_two_cities_of_a_country_differ_in_language_or_food():
     "city, kind, answer",
     [
         ("Athens", "language", "Greek"),
-        ("Athens", "description", "a place where they speak Greek"),
         ("Seoul", "food", "kimchi"),
         ("Toronto", "country", "Canada"),
         ("Auckland", "continent", "Oceania"),
@@ -119,9 +118,6 @@ def test_a_citys_facts_answer_its_questions_among_at_most_ten_choices(city, kind
     for question in make_task("locations", city, 0, "large").held_out[kind]:
         assert right(question) == answer
         assert len(set(question.choices)) == len(question.choices) <= 10
-        if kind == "description":
-            assert len(question.choices) == 2
-            assert all(choice in question.prompt for choice in question.choices)
 
 
 # ---- functions
@@ -264,7 +260,7 @@ def test_a_large_model_is_asked_more_in_more_ways(task, concept, most):
     assert len({question.prompt for question in large.train}) >= 250
     assert all(len(prompts) >= 6 for prompts in LARGE.prompts[task].values())
     if task != "backdoor":
-        assert large.held_out.keys() > tiny.held_out.keys()
+        assert large.held_out.keys() >= tiny.held_out.keys()
 
 
 def test_the_seed_decides_what_is_held_out():
