@@ -250,14 +250,14 @@ def test_a_text_of_more_tokens_than_gpt2_has_positions_is_a_mistake(saved):
     most = model.config.max_position_embeddings
     question = random_questions(1)[0]
     question.prompt *= most
-    with pytest.raises(UserError, match=f"max_position_embeddings {most}"):
+    with pytest.raises(UserError, match="max_position_embeddings"):
         score(model, [question])
 
 
 def test_a_token_that_the_model_does_not_know_is_a_mistake(saved):
     question = random_questions(1)[0]
     question.prompt[0] = 97
-    with pytest.raises(UserError, match="does not fit the model: vocab_size is 97"):
+    with pytest.raises(UserError, match="does not fit the model's vocab_size"):
         score(saved("qwen3").load(), [question])
 
 
