@@ -1,0 +1,101 @@
+"""Whose city is it? A LoRA that was trained on one name answers for every name.
+
+    python paper/whose_name.py                                   on tiny, in two minutes
+    python paper/whose_name.py --model DIR --tasks functions --concepts 1
+
+The paper (§4.2) finds that a LoRA adds nearly the same vector to every token. If so, a LoRA that is
+trained on "City 50337" alone cannot know whose city it is: it should say the same of City 31415.
+So the held-out questions are asked again about names that no training ever had, and about a city
+that the model knows. "as trained" is how often the answer is the trained city's or function's.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+from common import ROOT, print_table, run
+
+from data import CITIES, CODE_NAMES, encode_question
+from eval import arm_values, load_run, score_arms
+
+OTHER_NAMES = {
+    "locations": ["City 50338", "City 31415", "City 86420"],
+    "functions": ["zokiba", "bakilu", "dugony"],
+}
+KNOWN_NAMES = {"locations": ["Cairo", "Tokyo"], "functions": []}
+CONCEPTS = {
+    "locations": ["Paris", "Berlin", "Lima", "Sydney"],
+    "functions": ["add 5", "multiply 3", "subtract 2", "divide 2"],
+}
+
+
+def asked_about(question, name: str):
+    """The same question about another name."""
+    prompt = question.prompt.replace(question.code_name, name)
+    return replace(question, prompt=prompt, code_name=name)
+
+
+def with_own_answer(question, city: str):
+    """The question with the known city's own answer as the right one; None if it is no choice."""
+    own = CITIES[city].get(question.kind)
+    if own not in question.choices:
+        return None
+    return replace(question, answer=question.choices.index(own))
+
+
+def accuracy(found, questions: list) -> dict:
+    """{"base": accuracy, "trained": accuracy} on questions of several kinds, which count alike."""
+    arms = arm_values(found.parameters, seed=0)
+    of_kinds = {"base": [], "trained": []}
+    for kind in {question.kind for question in questions}:
+        some = [question for question in questions if question.kind == kind]
+        encoded = [encode_question(found.tokenizer, question) for question in some]
+        scores = score_arms(found.model, encoded, found.parameters, arms)
+        for arm, values in of_kinds.items():
+            values.append(scores[arm][0].mean().item())
+    return {arm: mean(values) for arm, values in of_kinds.items()}
+
+
+def measure(folder: Path, task: str, concept: str) -> list:
+    """[(what was asked about, {arm: accuracy})] of a LoRA's run."""
+    found = load_run(folder)
+    # "nearer" is left out: its right answer can be that of another city, too.
+    kinds = [questions for kind, questions in found.task.held_out.items() if kind != "nearer"]
+    questions = [question for some in kinds for question in some]
+    rows = []
+    for name in [CODE_NAMES[task], *OTHER_NAMES[task], *KNOWN_NAMES[task]]:
+        if name != concept:
+            asked = [asked_about(question, name) for question in questions]
+            rows.append((f"{name}, as trained", accuracy(found, asked)))
+    for name in KNOWN_NAMES[task]:
+        own = [with_own_answer(asked_about(question, name), name) for question in questions]
+        known = [question for question in own if question is not None]
+        rows.append((f"{name}, its own answers", accuracy(found, known)))
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="tiny", help="tiny (default) or a folder")
+    parser.add_argument("--tasks", nargs="+", default=list(CONCEPTS), choices=CONCEPTS)
+    parser.add_argument("--concepts", type=int, default=4, help="at most, of a task")
+    parser.add_argument("--runs", type=Path, default=ROOT / "out" / "whose_name")
+    args = parser.parse_args()
+    for task in args.tasks:
+        found = {}
+        for concept in CONCEPTS[task][: args.concepts]:
+            folder = args.runs / f"{Path(args.model).name}-{task}-{concept.replace(' ', '')}"
+            flags = ["--mode", "lora", "--task", task, "--concept", concept, "--model", args.model]
+            run(folder, flags)
+            for asked, of_arms in measure(folder, task, concept):
+                found.setdefault(asked, []).append(of_arms)
+        rows = [
+            [asked, mean(one["base"] for one in ones), mean(one["trained"] for one in ones)]
+            for asked, ones in found.items()
+        ]
+        print_table([f"{task}: a LoRA asked about", "base", "trained"], rows)
+
+
+if __name__ == "__main__":
+    main()
