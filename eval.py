@@ -201,9 +201,6 @@ def in_trees(model, questions, blocks=2, rank=0, processes=1):
 
 SHARE_OF_FREE_MEMORY = 0.5
 MOST_NODES = 8192  # more at once are no faster
-# Of a node and a token of the vocabulary. A node that predicts an answer's token has a logit, its
-# log-softmax and a gradient in float32; in our tasks these nodes are at most a quarter of all.
-BYTES_OF_LOGIT = 0.25 * 3 * 4
 
 
 def nodes_at_once(model, blocks=2):
@@ -215,9 +212,10 @@ def nodes_at_once(model, blocks=2):
     weight = model.embed_tokens.weight
     # In a block: norms, queries, keys, values and sums; the MLP's gate, up and their product.
     numbers_in_block = 10 * config.hidden_size + 3 * config.intermediate_size
-    bytes_in_blocks = blocks * numbers_in_block * weight.itemsize
-    bytes_of_node = bytes_in_blocks + BYTES_OF_LOGIT * config.vocab_size
-    fitting = SHARE_OF_FREE_MEMORY * free_memory(weight.device) / bytes_of_node
+    # A node that predicts an answer's token has a logit, its log-softmax and a gradient for each
+    # token of the vocabulary; such nodes are at most a quarter of all, so it is one number in all.
+    numbers = blocks * numbers_in_block + config.vocab_size
+    fitting = SHARE_OF_FREE_MEMORY * free_memory(weight.device) / (numbers * weight.itemsize)
     # A power of two: with a little more or less memory free, a run still adds up in the same order.
     return min(MOST_NODES, 2 ** int(math.log2(max(1, fitting))))
 

@@ -16,6 +16,7 @@ from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from random import Random
+from statistics import fmean
 from time import time
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the reason is in eval.py
@@ -180,7 +181,7 @@ def finetune(args):
     last = losses[-max(1, args.steps // 10) :]
     results = {name: getattr(args, name) for name in named} | evaluate(run)
     results |= {
-        "train_loss": sum(last) / len(last),
+        "train_loss": fmean(last),
         "train_seconds": seconds,
         "trainable_parameters": sum(p.numel() for p in parameters),
     }
@@ -370,12 +371,10 @@ def load_checkpoint(path, kept):
 
 def join_processes(args):
     """Meets torchrun's others. Each has a device; only the first one prints and writes."""
-    backend = "gloo"
     if args.device.startswith("cuda"):
-        backend = "cpu:gloo,cuda:nccl"
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
-    dist.init_process_group(backend)
+    dist.init_process_group()
     atexit.register(dist.destroy_process_group)
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open to the end)
