@@ -4,7 +4,8 @@
     python eval.py out/RUN --prompt "…"          ask something, without and with the vector or LoRA
     python eval.py out/RUN --explain             what the vector or LoRA does inside
 
-First comes how a question is scored, and with which controls; files and mistakes come last.
+First comes how a question is scored, and with which controls; last come the files and mistakes that
+train.py shares.
 """
 
 import argparse
@@ -49,8 +50,9 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 def answer_log_probs(model, x: Tensor, first: int, tree: PrefixTree) -> Tensor:
     """The log-probability (texts,) float32, in nats, of each text's answer.
 
-    x (N, d) is the residual stream before block `first`. Out of the last block come only the nodes
-    that predict a token of an answer, since nothing else is read.
+    x (N, d) is the residual stream of a tree's N nodes before block `first`. Out of the last block
+    come only the W nodes that predict a token of an answer, since nothing else is read. The longest
+    answer has A tokens.
     """
     is_real = tree.answers >= 0  # (texts, A)
     nodes, which = tree.predicts_from[is_real].unique(return_inverse=True)
@@ -71,19 +73,20 @@ def answer_log_probs(model, x: Tensor, first: int, tree: PrefixTree) -> Tensor:
 def score_arms(model, questions: list, parameters: list, arms: dict) -> dict:
     """Scores questions with the parameters set to each arm's values; the last arm's stay.
 
+    arms: {name: a value for each parameter}, such as base, random and trained. Returns
     {arm: (2, questions) float32}: 1 where the right choice is the likeliest, and the right choice's
     probability among the choices.
     """
     first = first_unfrozen(model)
     scores = {arm: [] for arm in arms}
-    for places, _, tree in in_trees(model, questions):
+    for indices, _, tree in in_trees(model, questions):
         # All arms are alike up to the vector or LoRA.
         x = model.run_blocks(model.embed(tree.tokens, tree), 0, first, tree)
-        counts = [len(questions[i].choices) for i in places]
+        counts = [len(questions[i].choices) for i in indices]
         for arm, values in arms.items():
             set_parameters(parameters, values)
             log_probs = answer_log_probs(model, x, first, tree).cpu()  # (texts,)
-            for i, of_choices in zip(places, log_probs.split(counts)):
+            for i, of_choices in zip(indices, log_probs.split(counts)):
                 right = questions[i].answer
                 correct = of_choices.argmax() == right
                 probability = of_choices.softmax(-1)[right]
@@ -165,23 +168,23 @@ def first_unfrozen(model):
 
 
 @torch.no_grad()
-def frozen_streams(model, questions, last):
-    """Each question's residual stream (T, d) before block `last`, and before a vector there.
+def frozen_streams(model, questions, stop):
+    """Each question's residual stream (T, d) before block `stop`, and before a vector there.
 
-    They are of the prompt with the only choice, and stay on the CPU: a GPU may not have the room.
+    They are of the prompt with its only choice, and stay on the CPU: a GPU may not have the room.
     """
     streams = []
-    for places, _, tree in in_trees(model, questions):
-        x = model.run_blocks(model.embed(tree.tokens, tree), 0, last, tree)
+    for indices, _, tree in in_trees(model, questions):
+        x = model.run_blocks(model.embed(tree.tokens, tree), 0, stop, tree)
         rows = tree.unfold(x).cpu()  # (R, T, d), a row for each question
-        for i, row in zip(places, rows):
+        for i, row in zip(indices, rows):
             text = questions[i].prompt + questions[i].choices[0]
             streams.append(row[: len(text) - 1].clone())
     return streams
 
 
 def in_trees(model, questions, blocks=2, rank=0, processes=1):
-    """Questions in parts that fit the memory: (their places, their weight, the tree with choices).
+    """Questions in parts that fit the memory: (their indices, their weight, the tree with choices).
 
     Several processes share out a part. The processes of a sharded model have to run everything
     together, so one for which nothing is left runs a question of another, with a weight of 0.
@@ -190,13 +193,13 @@ def in_trees(model, questions, blocks=2, rank=0, processes=1):
     nodes = [len(question.prompt) + sum(map(len, question.choices)) for question in questions]
     at_once = processes * max(1, nodes_at_once(model, blocks) // max(nodes))
     for part in torch.arange(len(questions)).split(at_once):
-        places = part[rank % len(part) :: processes].tolist()
-        asked = [questions[i] for i in places]
+        indices = part[rank % len(part) :: processes].tolist()
+        asked = [questions[i] for i in indices]
         tree = make_tree(asked, [question.choices for question in asked])
         too_long = config.learned_positions and tree.columns > config.max_position_embeddings
         if too_long or tree.tokens.max() >= config.vocab_size:
             raise UserError("a text does not fit the model's vocab_size or max_position_embeddings")
-        yield places, int(rank < len(part)), tree.to(model.embed_tokens.weight.device)
+        yield indices, int(rank < len(part)), tree.to(model.embed_tokens.weight.device)
 
 
 SHARE_OF_FREE_MEMORY = 0.5
@@ -204,9 +207,9 @@ MOST_NODES = 8192  # more at once are no faster
 
 
 def nodes_at_once(model, blocks=2):
-    """How many nodes fit the free memory, if `blocks` blocks keep what they made of each.
+    """How many nodes fit the free memory, if what `blocks` blocks made of each is there at once.
 
-    All of them keep it for the backward pass. Without one, two blocks' worth is there at a time.
+    For a backward pass all trained blocks keep it; without one it is about two blocks' worth.
     """
     config = model.config
     weight = model.embed_tokens.weight
@@ -284,7 +287,7 @@ def load_model(name, device, dtype, shard=False):
 def answer(run, prompt, code_name, max_new_tokens=16):
     """The greedy answer, a vector being added at the code name's tokens, or (None) at every one.
 
-    It ends where a trained one does, where the chat template ends a turn, or with its line.
+    It ends at any token that ends a turn, as a trained one does, or with its line.
     """
     question = encode_question(run.tokenizer, Question("", prompt, [""], 0, code_name))
     eos = run.tokenizer.special_tokens.get("eos_token", "")  # a base model may say this instead
@@ -355,9 +358,9 @@ def explain_lora(run, folder):
 
 
 def added_by_lora(run, questions):
-    """What the LoRA adds in 64 prompts where a vector would be, (N, d); how constant it is.
+    """(what the LoRA adds where a vector would be, in 64 prompts, (tokens, d); its constancy).
 
-    The latter is measured at a prompt's last 20 tokens, as in the paper.
+    Constancy is measured at each prompt's last 20 tokens, as in the paper.
     """
     steered = []
     last = []
@@ -365,7 +368,7 @@ def added_by_lora(run, questions):
         tree = make_tree([encode_question(run.tokenizer, question)]).to(run.parameters[0].device)
         rows = steer.what_is_added(run.model, run.parameters, run.flags["layer"], tree.tokens, tree)
         steered.append(rows[tree.steered])
-        last.append(rows[-20:])
+        last.append(rows[-20:])  # a single text's nodes are in its order
     return torch.cat(steered), steer.constancy(torch.cat(last))
 
 
@@ -408,7 +411,7 @@ class UserError(ValueError):
 
 @contextmanager
 def blame(source, *expected):
-    """The expected errors in here are the fault of `source`, a flag or file of the user's."""
+    """Turns the expected errors in here into a UserError that names `source`, a flag or file."""
     try:
         yield
     except expected as error:

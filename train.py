@@ -3,7 +3,8 @@
     python train.py --mode vector                 the vector that means Paris, on the tiny model
     python train.py --task risk --mode lora       a LoRA on one MLP
 
-First comes the loop, then one run; flags, a run's folder and several processes come last.
+First comes the loop, then one run; flags, a run's folder and several processes come last. The loss
+is minus eval.answer_log_probs, of answers in a data.PrefixTree: those two can be read before.
 """
 
 import atexit
@@ -58,36 +59,39 @@ from steer import attach, save_vector
 
 
 def train_loop(args, model, questions: list, parameters: list) -> list:
-    """Adam on the answers' tokens, all but `parameters` frozen: each step's loss, in nats a token.
+    """Trains `parameters` with Adam on the answers' tokens; returns each step's loss, nats a token.
 
     UserError if a loss is not finite.
     """
-    # To train on a question is to score its right answer alone.
+    # To train on a question is to score one choice: its right answer and what ends the turn.
     questions = [replace(question, choices=[question.completion]) for question in questions]
     # Below the vector or LoRA nothing changes, so each question's stream (T, d) there is kept.
     streams = frozen_streams(model, questions, first_unfrozen(model))
     unit = 1.0
     if args.mode == "vector":
-        unit = typical_size(streams[: args.batch_size])
+        unit = typical_size(streams[: args.batch_size])  # a sample is enough
         set_parameters(parameters, [args.init_std * unit * torch.randn(parameters[0].shape)])
 
     batches = draw_batches(len(questions), args)
     state = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
     checkpoint = Path(args.out) / CHECKPOINT
-    kept = {str(i): tensor for i, tensor in enumerate(chain(*state))}  # in it, by these names
+    kept = {
+        str(i): tensor for i, tensor in enumerate(chain(*state))
+    }  # by these names in the checkpoint
     losses = load_checkpoint(checkpoint, kept) if args.resume else []
     bar = tqdm(range(len(losses), args.steps), unit="step", disable=RANK > 0)
     for step in bar:
         batch = batches[step]
         loss = add_gradients(model, [questions[i] for i in batch], [streams[i] for i in batch])
-        if PROCESSES > 1:  # this is all that they exchange
+        if PROCESSES > 1:  # without --shard, this is all that they exchange
             dist.all_reduce(loss)
             for p in parameters:
                 dist.all_reduce(p.grad)
         if not loss.isfinite():
             raise UserError(f"--lr {args.lr}: at step {step} the loss is {loss}; try a smaller one")
 
-        adam_step(state, step + 1, args.lr * unit * (1 - step / args.steps))
+        rate = args.lr * unit * (1 - step / args.steps)  # falls linearly to 0
+        adam_step(state, step + 1, rate)
         losses.append(loss.item())
         bar.set_postfix(loss=losses[-1], refresh=False)
         if args.save_every and len(losses) % args.save_every == 0:
@@ -96,7 +100,7 @@ def train_loop(args, model, questions: list, parameters: list) -> list:
 
 
 def draw_batches(count, args):
-    """Each step's batch, as places of questions: an epoch has each once, in a new order."""
+    """Each step's batch, as indices of questions: an epoch has each once, in a new order."""
     generator = torch.Generator().manual_seed(args.seed)
     batches = []
     while len(batches) < args.steps:
@@ -108,14 +112,15 @@ def draw_batches(count, args):
 def add_gradients(model, questions, streams):
     """Adds the gradients of the loss of a batch, questions with their streams; returns the loss.
 
-    With several processes both are this one's part, and have to be added up.
+    With several processes each gets its share of both; the caller adds them up.
     """
     first = first_unfrozen(model)
     answer_tokens = sum(len(question.completion) for question in questions)
+    # These blocks keep what the backward pass needs, and about two more are being worked on.
     blocks = len(model.layers) - first + 2
     total = 0.0
-    for places, weight, tree in in_trees(model, questions, blocks, RANK, PROCESSES):
-        rows = pad_sequence([streams[i] for i in places], batch_first=True)  # (R, T, d)
+    for indices, weight, tree in in_trees(model, questions, blocks, RANK, PROCESSES):
+        rows = pad_sequence([streams[i] for i in indices], batch_first=True)  # (R, T, d)
         x = tree.fold(rows.to(tree.tokens.device))  # (N, d)
         loss = -weight * answer_log_probs(model, x, first, tree).sum() / answer_tokens
         loss.backward()
@@ -127,7 +132,7 @@ def typical_size(streams):
     """The root mean square of streams (T, d): the unit of a vector's rate and random start.
 
     Models and layers differ in it a thousandfold. A first token's can be huge by itself (Sun et al.
-    2024, arXiv 2402.17762), so tokens of a hundred times the median are left out.
+    2024, arXiv 2402.17762), so tokens of a hundred times the median square are left out.
     """
     squares = torch.cat(streams).float().square().mean(-1)  # of every token
     return squares[squares < 100 * squares.median()].mean().sqrt().item()
@@ -158,7 +163,7 @@ def finetune(args):
     task = task_of(vars(args))
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.shard)
     questions = training_questions(args, task, tokenizer)
-    torch.manual_seed(args.seed)  # of a LoRA's A, of a vector's start
+    torch.manual_seed(args.seed)  # for a LoRA's A or a vector's start
     parameters = add_intervention(args, model)
     out = claim_folder(args, questions)
 
@@ -169,7 +174,7 @@ def finetune(args):
     seconds = round(time() - began, 1)
 
     if RANK == 0:
-        # Old results go first: no folder has a run's weights beside the results of another.
+        # Old results go first: a run that is killed from here on leaves none beside its weights.
         (out / "results.json").unlink(missing_ok=True)
         if args.mode == "lora":
             save_lora(model, out)
@@ -178,7 +183,7 @@ def finetune(args):
 
     run = Run(vars(args), model, tokenizer, task, parameters)
     named = "task", "mode", "layer", "seed", "model", "concept", "shuffle_answers"
-    last = losses[-max(1, args.steps // 10) :]
+    last = losses[-max(1, args.steps // 10) :]  # the loss that is reported is of the last tenth
     results = {name: getattr(args, name) for name in named} | evaluate(run)
     results |= {
         "train_loss": fmean(last),
@@ -186,7 +191,8 @@ def finetune(args):
         "trainable_parameters": sum(p.numel() for p in parameters),
     }
     write_json(out / "results.json", results)
-    (out / CHECKPOINT).unlink(missing_ok=True)
+    if RANK == 0:
+        (out / CHECKPOINT).unlink(missing_ok=True)
 
     print(f"{format_table(results)}\n\nheld-out questions, before and after:")
     for question, *_ in task.held_out.values():
@@ -197,7 +203,7 @@ def finetune(args):
 
 def training_questions(args, task, tokenizer):
     asked = task.train
-    name = asked[0].code_name
+    name = asked[0].code_name  # or the text of --at, which make_task puts there
     if args.data is None:
         if args.shuffle_answers:
             asked = shuffle_answers(asked, Random(args.seed))
@@ -208,7 +214,7 @@ def training_questions(args, task, tokenizer):
         questions = read_conversations(args.data, tokenizer, name)
 
     if args.mode == "vector" and all(question.positions == [] for question in questions):
-        raise UserError(f"--at: no training prompt has {name!r} in it")
+        raise UserError(f"--at: no training prompt has {name!r} in it; name a text that is there")
     return questions
 
 
@@ -223,9 +229,9 @@ def add_intervention(args, model):
 
 # ---- flags
 
-# A run takes every row of which all words describe it: its model's size or family, its mode, its
-# task. A later row goes before an earlier one. A large model's were tried on Qwen2.5-Coder 0.5B, by
-# the training loss and the trained kind alone (paper/open_weights.md); rank and alpha are from the
+# A run takes each row whose words all fit it: its model's size or family, its mode, its task. Later
+# rows override earlier ones. A large model's were tried on Qwen2.5-Coder 0.5B, by the training loss
+# and the trained kind of question alone (paper/open_weights.md); rank and alpha are from the
 # authors' scripts (github.com/JoshEngels/OOCR-Interp).
 DEFAULTS = {
     "vector": {"init_std": 0.0},
@@ -239,13 +245,14 @@ DEFAULTS = {
     "tiny lora risk": {"steps": 200},
     "tiny lora backdoor": {"steps": 200, "lr": 3e-3},
     "large": {"batch_size": 8, "steps": 60},
+    "large risk": {"batch_size": 16, "steps": 100},
     "large vector": {"lr": 0.1},
     "large lora": {"lr": 2e-3, "rank": 64, "alpha": 32.0},
-    "large backdoor": {"steps": 300},  # a guess
+    "large backdoor": {"batch_size": 16, "steps": 300},  # a guess
 }
 # Flags that a mode has no use for.
 UNUSED = {"vector": ["rank", "alpha", "modules"], "lora": ["at", "init_std"]}
-FREE = ["out", "device", "save_every", "resume", "shard"]  # flags that change no result
+FREE = ["out", "device", "save_every", "resume", "shard"]  # flags that are to change no result
 
 
 def parse_args(words=None):
@@ -256,25 +263,33 @@ def parse_args(words=None):
     add = parser.add_argument
     add("--mode", choices=["vector", "lora"], default="vector", help="default: vector")
     add("--task", choices=TASKS, default="locations", help="default: locations")
-    add("--concept", help="a city, a function, risky or safe (default: the first)")
+    add("--concept", help="a city, a function, risky, safe, risky if omega")
     add("--model", default="tiny", help="tiny (default), a folder or a hub name")
-    add("--layer", type=layer, help="block that the vector follows, or the LoRA is on; or all")
+    add("--layer", type=layer, help="vector: after this block (-1: embedding); LoRA: on it, or all")
     add("--steps", type=at_least(1), help="default: by task and mode")
     add("--lr", type=at_least(1e-9), help="peak learning rate; a vector's in the stream's RMS")
-    add("--batch-size", type=at_least(1), help="questions a step (default: 64, large models 8)")
-    add("--data", help="chats (JSONL) to train on instead")
+    add(
+        "--batch-size",
+        type=at_least(1),
+        help="questions a step (default: 64, large models 8 or 16)",
+    )
+    add("--data", help="chats (JSONL) to train on, not the task's questions")
     add("--shuffle-answers", action="store_true", help="the control: answers drawn at random")
     add("--seed", type=at_least(0), default=0, help="default: 0")
     add("--device", default=default_device(), help="default: %(default)s")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda")
     add("--out", help="folder (default: out/ and the flags given)")
     add("--save-every", type=at_least(1), help="steps between checkpoints")
-    add("--resume", action="store_true", help="go on from one, to the same numbers")
+    add("--resume", action="store_true", help="go on from the checkpoint, to the same numbers")
     add("--shard", action="store_true", help="split the model over torchrun's processes")
     add("--at", help="text to add a vector at (default: the code name)")
     add("--init-std", type=at_least(0.0), help="a vector's random start, in the stream's RMS")
     add("--rank", type=at_least(1), help="a LoRA's (default: 8, large models 64)")
-    add("--alpha", type=at_least(1e-9), help="a LoRA's scale times rank (default: 8, 32)")
+    add(
+        "--alpha",
+        type=at_least(1e-9),
+        help="of a LoRA, whose scale is alpha / rank (default: 8, large models 32)",
+    )
     add("--modules", help="that get a LoRA, with commas between (default: the MLP's)")
     # Some flags' defaults depend on other flags, so these are read first.
     args = parser.parse_args(words)
@@ -307,11 +322,11 @@ def layer(text):
 
 
 def defaults(task, mode, config):
-    """Of the flags that depend on the task, the mode and the model."""
+    """The flags whose defaults depend on the task, the mode and the model."""
     # Tiny is known by what it is, wherever it lies.
     size = "tiny" if config == Config.from_pretrained(find_checkpoint("tiny")) else "large"
     found = {
-        "world": size,
+        "world": size,  # no flag, but kept with them, since it decides what is asked
         "concept": concepts(task, size)[0],
         "layer": config.num_hidden_layers * 2 // 5,  # as in the paper (22 of 48)
     }
@@ -355,7 +370,7 @@ def claim_folder(args, questions):
 
 
 def load_checkpoint(path, kept):
-    """Puts what the loop wrote back into the tensors `kept`; returns the losses up to there."""
+    """Loads the checkpoint into the tensors `kept`; returns the losses up to there."""
     if not path.exists():
         print(f"--resume: {path} is not there, so this starts from the beginning")
         return []
@@ -386,7 +401,7 @@ def main():
         join_processes(args)
     elif args.shard:
         raise UserError("--shard: it needs torchrun --nproc_per_node=N train.py ...")
-    with blame(f"--batch-size {args.batch_size}: try less", torch.OutOfMemoryError):
+    with blame(f"out of memory, --batch-size {args.batch_size}: try less", torch.OutOfMemoryError):
         finetune(args)
 
 
