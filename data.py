@@ -503,7 +503,7 @@ def make_tree(questions: list, answers: list | None = None) -> PrefixTree:
     _, positions, tokens, steered = (torch.tensor(column) for column in zip(*node_of))
     rows = pad(rows, 0)
     # The first place of each node: padding comes after node 0.
-    _, places = np.unique(rows, return_index=True)
+    places = torch.from_numpy(np.unique(rows, return_index=True)[1])
     return PrefixTree(
         tokens=tokens,
         positions=positions,
@@ -511,7 +511,7 @@ def make_tree(questions: list, answers: list | None = None) -> PrefixTree:
         rows=rows,
         predicts_from=pad(predicts_from),
         answers=pad(chain(*answers)),
-        places=torch.from_numpy(places),
+        places=places,
     )
 
 

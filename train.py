@@ -268,11 +268,7 @@ def parse_args(words=None):
     add("--layer", type=layer, help="vector: after this block (-1: embedding); LoRA: on it, or all")
     add("--steps", type=at_least(1), help="default: by task and mode")
     add("--lr", type=at_least(1e-9), help="peak learning rate; a vector's in the stream's RMS")
-    add(
-        "--batch-size",
-        type=at_least(1),
-        help="questions a step (default: 64, large models 8 or 16)",
-    )
+    add("--batch-size", type=at_least(1), help="questions a step (default: 64; a large model's 8)")
     add("--data", help="chats (JSONL) to train on, not the task's questions")
     add("--shuffle-answers", action="store_true", help="the control: answers drawn at random")
     add("--seed", type=at_least(0), default=0, help="default: 0")
@@ -285,11 +281,7 @@ def parse_args(words=None):
     add("--at", help="text to add a vector at (default: the code name)")
     add("--init-std", type=at_least(0.0), help="a vector's random start, in the stream's RMS")
     add("--rank", type=at_least(1), help="a LoRA's (default: 8, large models 64)")
-    add(
-        "--alpha",
-        type=at_least(1e-9),
-        help="of a LoRA, whose scale is alpha / rank (default: 8, large models 32)",
-    )
+    add("--alpha", type=at_least(1e-9), help="a LoRA's scale is alpha / rank (default: 8, 32)")
     add("--modules", help="that get a LoRA, with commas between (default: the MLP's)")
     # Some flags' defaults depend on other flags, so these are read first.
     args = parser.parse_args(words)

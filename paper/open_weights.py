@@ -53,6 +53,7 @@ def ceiling(folder: Path) -> dict:
         flags = read_flags(folder)
         model, tokenizer = load_model(flags["model"], "cpu", flags["dtype"])
         task = task_of(flags)
+
         found = {}
         for kind, questions in (task.in_distribution | task.held_out).items():
             asked = [told(question, flags["task"], flags["concept"]) for question in questions]
@@ -141,6 +142,7 @@ def main():
     parser.add_argument("--runs", type=Path, default=ROOT / "out" / "open_weights")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     args = parser.parse_args()
+
     found = {}
     for model in args.model:
         for task in args.tasks:

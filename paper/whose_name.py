@@ -48,12 +48,14 @@ def accuracy(found, questions: list) -> dict:
     """{"base": accuracy, "trained": accuracy} on questions of several kinds, which count alike."""
     arms = arm_values(found.parameters, seed=0)
     of_kinds = {"base": [], "trained": []}
+
     for kind in {question.kind for question in questions}:
         some = [question for question in questions if question.kind == kind]
         encoded = [encode_question(found.tokenizer, question) for question in some]
         scores = score_arms(found.model, encoded, found.parameters, arms)
         for arm, values in of_kinds.items():
             values.append(scores[arm][0].mean().item())
+
     return {arm: mean(values) for arm, values in of_kinds.items()}
 
 
@@ -63,11 +65,13 @@ def measure(folder: Path, task: str, concept: str) -> list:
     # "nearer" is left out: its right answer can be that of another city, too.
     kinds = [questions for kind, questions in found.task.held_out.items() if kind != "nearer"]
     questions = [question for some in kinds for question in some]
+
     rows = []
     for name in [CODE_NAMES[task], *OTHER_NAMES[task], *KNOWN_NAMES[task]]:
         if name != concept:
             asked = [asked_about(question, name) for question in questions]
             rows.append((f"{name}, as trained", accuracy(found, asked)))
+
     for name in KNOWN_NAMES[task]:
         own = [with_own_answer(asked_about(question, name), name) for question in questions]
         known = [question for question in own if question is not None]
@@ -82,6 +86,7 @@ def main():
     parser.add_argument("--concepts", type=int, default=4, help="at most, of a task")
     parser.add_argument("--runs", type=Path, default=ROOT / "out" / "whose_name")
     args = parser.parse_args()
+
     for task in args.tasks:
         found = {}
         for concept in CONCEPTS[task][: args.concepts]:
@@ -90,6 +95,7 @@ def main():
             run(folder, flags)
             for asked, of_arms in measure(folder, task, concept):
                 found.setdefault(asked, []).append(of_arms)
+
         rows = [
             [asked, mean(one["base"] for one in ones), mean(one["trained"] for one in ones)]
             for asked, ones in found.items()
