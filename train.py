@@ -157,6 +157,8 @@ def adam_step(state, number, rate, beta1=0.9, beta2=0.999, eps=1e-8):
 
 # ---- one run
 
+IN_RESULTS = "task", "mode", "layer", "seed", "model", "concept", "shuffle_answers"  # of the flags
+
 
 def finetune(args):
     """Trains on the narrow kind of question, scores all kinds, writes the run's folder."""
@@ -182,9 +184,8 @@ def finetune(args):
             save_vector(model.steering, out)
 
     run = Run(vars(args), model, tokenizer, task, parameters)
-    named = "task", "mode", "layer", "seed", "model", "concept", "shuffle_answers"
     last = losses[-max(1, args.steps // 10) :]  # the loss that is reported is of the last tenth
-    results = {name: getattr(args, name) for name in named} | evaluate(run)
+    results = {name: getattr(args, name) for name in IN_RESULTS} | evaluate(run)
     results |= {
         "train_loss": fmean(last),
         "train_seconds": seconds,
