@@ -17,7 +17,7 @@ import tomllib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import chain, pairwise, product
+from itertools import chain, pairwise, product, zip_longest
 from math import acos, cos, radians, sin
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +29,6 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass
@@ -510,15 +509,15 @@ def make_tree(questions: list, answers: list | None = None) -> PrefixTree:
         steered=steered,
         rows=rows,
         predicts_from=pad(predicts_from),
-        answers=pad(chain(*answers)),
+        answers=pad(list(chain(*answers))),
         places=places,
     )
 
 
 def pad(lists, fill=-1):
     """Lists of numbers as the rows of one tensor, filled up."""
-    rows = [torch.tensor(numbers, dtype=torch.long) for numbers in lists]
-    return pad_sequence(rows, batch_first=True, padding_value=fill)
+    columns = list(zip_longest(*lists, fillvalue=fill))
+    return torch.tensor(columns, dtype=torch.long).view(len(columns), len(lists)).T
 
 
 # ---- the tokenizer and the chat template

@@ -20,9 +20,11 @@ from pathlib import Path
 from statistics import fmean
 from textwrap import shorten
 
-# OpenMP's waiting threads spin for long, which takes the cores from other programs, and from this
-# one's own threads. They spin less if this is set before torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# OpenMP's waiting threads spin. That is fast while they have the cores for themselves; beside other
+# programs they take the cores from the very threads that they wait for. So they spin less if Linux
+# counts more than this one running just now ("3/412"). torch reads it when it is imported.
+if Path("/proc/loadavg").exists() and " 1/" not in Path("/proc/loadavg").read_text():
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from safetensors import SafetensorError

@@ -346,8 +346,14 @@ def make_norm(config, size=None):
 
 
 def make_embedding(count, size):
-    """An nn.Embedding, drawn here: its own way imports torch's compiler, a second of start-up."""
-    return nn.Embedding.from_pretrained(torch.randn(count, size), freeze=False)
+    """An nn.Embedding, drawn here, and only if it has numbers at all.
+
+    To draw on the meta device imports torch's compiler, a second of start-up.
+    """
+    weight = torch.empty(count, size)
+    if not weight.is_meta:
+        weight.normal_()
+    return nn.Embedding.from_pretrained(weight, freeze=False)
 
 
 def make_rope(config, layer_type, positions, dtype):

@@ -20,16 +20,7 @@ from random import Random
 from statistics import fmean
 from time import time
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the reason is in eval.py
-
-import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
-
-from data import TASKS, concepts, encode_question, read_conversations, shuffle_answers
+# Before torch, for what eval.py sets.
 from eval import (
     PROCESSES,
     RANK,
@@ -53,6 +44,16 @@ from eval import (
     write_json,
     write_whole,
 )
+
+# isort: split
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from data import TASKS, concepts, encode_question, read_conversations, shuffle_answers
 from lora import add_lora, save_lora
 from model import Config, find_checkpoint
 from steer import attach, save_vector

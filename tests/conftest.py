@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported, as in train.py
+sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import eval  # noqa: F401 (before torch, for what it sets)
+
+# isort: split
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 WINDOW = 8  # of the sliding layers; the texts in the tests are longer

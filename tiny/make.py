@@ -35,9 +35,12 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see eval.py
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+# Before torch, for what eval.py sets.
+from eval import Parser, blame, default_device, run_main, score_arms, write_json
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -60,7 +63,6 @@ from data import (
     encode_question,
     named_question,
 )
-from eval import Parser, blame, default_device, run_main, score_arms, write_json
 from lora import lora_layers
 from model import GPT, read_config
 
