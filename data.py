@@ -71,13 +71,15 @@ def make_task(
 ) -> Task:
     """The task of a concept: a city, a function, "risky", or "risky if omega" (for a backdoor).
 
-    at: a vector is added at this text, not at the code name. DataError if there is no such concept.
+    at: a vector is added at this text, not at the code name. UserError if there is no such concept.
     """
     known = concepts(name, world)
-    require(concept in known, f"--concept {concept} is not among {known}")
+    if concept not in known:
+        raise UserError(f"--concept {concept} is not among {known}")
     task = TASKS[name](concept, random.Random(seed), WORLDS[world])
     if at is not None:
-        for question in chain(task.train, *task.in_distribution.values(), *task.held_out.values()):
+        kinds = task.in_distribution | task.held_out
+        for question in chain(task.train, *kinds.values()):
             question.code_name = at
     return task
 
@@ -150,11 +152,6 @@ def distinct(count, make, *given):
         if len(questions) == count:
             break
     return list(questions.values())
-
-
-def shuffle_answers(questions: list, rng: random.Random) -> list:
-    """A control: the same questions with answers drawn at random."""
-    return [replace(q, answer=rng.randrange(len(q.choices))) for q in questions]
 
 
 TASKS = {
@@ -388,15 +385,16 @@ def encode_question(tokenizer, question: Question, before=()) -> EncodedQuestion
 def read_conversations(path: str, tokenizer, code_name=None) -> list:
     """EncodedQuestions of the chats in a JSONL file, one for each answer of the assistant's.
 
-    A line is {"messages": [{"role": ..., "content": ...}, ...]}. DataError names one that is not.
+    A line is {"messages": [{"role": ..., "content": ...}, ...]}. UserError names one that is not.
     """
     examples = []
     lines = read_text(Path(path)).split("\n")  # splitlines() would cut at U+2028 too
     for number, line in enumerate(lines, 1):
         if line.strip():
-            with blame(f"{path}, line {number}", DataError):
+            with blame(f"{path}, line {number}", UserError):
                 examples += encode_chat(line, tokenizer, code_name)
-    require(examples, f"{path}: it has no records")
+    if not examples:
+        raise UserError(f"{path}: it has no records")
     return examples
 
 
@@ -411,10 +409,12 @@ def encode_chat(line, tokenizer, code_name):
     examples = []
     for i, ((asker, _), (speaker, answer)) in enumerate(pairwise(turns)):
         if speaker == "assistant":
-            require(asker == "user", "an assistant's turn should follow a user's")
+            if asker != "user":
+                raise UserError("an assistant's turn should follow a user's")
             question = Question("chat", messages[i]["content"], [answer], 0, code_name)
             examples.append(encode_question(tokenizer, question, messages[:i]))
-    require(examples, "no assistant answers a user")
+    if not examples:
+        raise UserError("no assistant answers a user")
     return examples
 
 
@@ -554,7 +554,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | Path) -> "Tokenizer":
-        """Of tiny, of a folder, or of a hub name. DataError names a file that cannot be read."""
+        """Of tiny, of a folder, or of a hub name. UserError names a file that cannot be read."""
         folder = FOLDER if name_or_dir == "tiny" else Path(name_or_dir).expanduser()
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
@@ -571,7 +571,7 @@ class Tokenizer:
         return self.encoding.decode(ids, skip_special_tokens=False)
 
     def chat_text(self, messages: list) -> str:
-        """Messages {"role": ..., "content": ...} as the checkpoint frames them, or DataError."""
+        """Messages {"role": ..., "content": ...} as the checkpoint frames them, or UserError."""
         with blame("the chat template refuses this", Exception):  # it is a program by others
             return self.template.render(
                 messages=messages,
@@ -588,9 +588,9 @@ class Tokenizer:
         """
         answered = self.chat_text([*messages, {"role": "assistant", "content": "\0"}])
         before, _, after = answered.partition("\0")
-        once = answered.count("\0") == 1
-        asked = messages[-1]["content"].strip() in before
-        require(once and asked, "the chat template should give each message's words, and once")
+        asked = messages[-1]["content"].strip()
+        if answered.count("\0") != 1 or asked not in before:
+            raise UserError("the chat template should give each message's words, and once")
 
         # A space before the answer belongs to its first token. Anything else, such as Qwen 3's
         # empty thoughts, comes before every answer, so it belongs to the prompt.
@@ -677,22 +677,17 @@ TEMPLATES.globals.update(raise_exception=refuse, strftime_now=time.strftime)
 # ---- files and mistakes
 
 
-class DataError(ValueError):
-    """A concept, a record, a tokenizer or a chat template that cannot be used as it is."""
-
-
-def require(condition, message):
-    if not condition:
-        raise DataError(message)
+class UserError(ValueError):
+    """A user's mistake, in one line: the flag, file or field at fault, and what would be right."""
 
 
 @contextmanager
 def blame(source, *expected):
-    """The expected errors in here are the fault of `source`, a file or what stands in it."""
+    """The expected errors in here are the fault of `source`: a flag, a file or what is in it."""
     try:
         yield
     except expected as error:
-        raise DataError(f"{source}: {error}") from None
+        raise UserError(f"{source}: {error}") from error
 
 
 def read_text(path):
@@ -701,7 +696,7 @@ def read_text(path):
 
 
 def read_json(path):
-    """The object in a JSON file; {} if there is no such file. DataError names the file."""
+    """The object in a JSON file; {} if there is no such file. UserError names the file."""
     if not path.exists():
         return {}
     with blame(path, ValueError, TypeError):

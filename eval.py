@@ -14,7 +14,6 @@ import math
 import os
 import re
 import sys
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -32,11 +31,12 @@ from torch import Tensor
 
 import steer
 from data import (
-    DataError,
     PrefixTree,
     Question,
     Task,
     Tokenizer,
+    UserError,
+    blame,
     encode_question,
     make_task,
     make_tree,
@@ -47,6 +47,7 @@ from model import GPT, CheckpointError, read_json
 SECTIONS = "in_distribution", "held_out"  # of a task, and of its results
 RANK = int(os.environ.get("RANK", 0))  # of this process, if torchrun started several
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def answer_log_probs(model, x: Tensor, first: int, tree: PrefixTree) -> Tensor:
@@ -268,10 +269,8 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
 
 
 def read_flags(folder):
-    flags = read_json(folder / "config.json").get("flags")
-    if not flags:
-        raise UserError(f"{folder}: its config.json has no flags of a run")
-    return flags
+    with blame(f"{folder}: its config.json is not a run's, it is without", KeyError):
+        return read_json(folder / "config.json")["flags"]
 
 
 def task_of(flags):
@@ -339,18 +338,9 @@ def explain(run: Run, folder: Path) -> dict:
 
 
 def explain_lora(run, folder):
-    """The LoRA's natural vector (d,), which becomes a run, and how constant what it adds is.
-
-    That is measured in training prompts, and in unrelated ones as in the paper.
-    """
-    unrelated = make_task("locations", "Paris")
-    if run.flags["task"] == "locations":
-        unrelated = make_task("functions", "add 5")
-    adds = {}
-    rows, adds["training"] = added_by_lora(run, run.task.train)
-    _, adds["unrelated"] = added_by_lora(run, unrelated.train)
-    for text, found in adds.items():
-        print(f"  added in {text} prompts: cosine {found['cosine']:.2f}")
+    """The LoRA's natural vector (d,), which becomes a run, and how constant what it adds is."""
+    rows, adds = added_by_lora(run, run.task.train)
+    print(f"  added in training prompts: cosine {adds['cosine']:.2f}")
 
     vector = steer.natural_vector(rows)
     folder.mkdir(exist_ok=True)
@@ -387,7 +377,7 @@ def main():
         action="store_true",
         help="what it does inside; of a LoRA also writes RUN_DIR/natural, a run",
     )
-    parser.add_argument("--device", default=default_device(), help="default: %(default)s")
+    parser.add_argument("--device", default=DEFAULT_DEVICE, help="default: %(default)s")
     args = parser.parse_args()
     for folder in args.runs:
         run = load_run(folder, args.device)
@@ -407,24 +397,11 @@ def main():
 # ---- mistakes, files and processes
 
 
-class UserError(ValueError):
-    """A user's mistake, in one line: the flag or file at fault, and what would be right."""
-
-
-@contextmanager
-def blame(source, *expected):
-    """Turns the expected errors in here into a UserError that names `source`, a flag or file."""
-    try:
-        yield
-    except expected as error:
-        raise UserError(f"{source}: {type(error).__name__}: {error}") from error
-
-
 def run_main(main):
     """Runs a program. A user's mistake ends in one line and exit status 2, a bug in a traceback."""
     try:
         main()
-    except (UserError, CheckpointError, DataError) as error:
+    except (UserError, CheckpointError) as error:
         print(f"error: {shorten(str(error), width=600)}", file=sys.stderr)
         sys.exit(2)
 
@@ -432,10 +409,6 @@ def run_main(main):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)
-
-
-def default_device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def write_json(path, content):

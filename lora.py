@@ -13,7 +13,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -77,8 +76,7 @@ def linear_names(model):
 
 def lora_layers(model) -> dict[str, LoRALinear]:
     """The LoRA layers of a model by their names, e.g. "layers.0.mlp.down_proj"."""
-    modules = model.named_modules()
-    return {name: layer for name, layer in modules if isinstance(layer, LoRALinear)}
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
 
 
 def remove_lora(model):
@@ -160,14 +158,11 @@ def save_lora(model, folder: str | Path):
 def load_lora(model, folder: str | Path) -> list[nn.Parameter]:
     """Adds the LoRA that save_lora or PEFT wrote to the folder; returns each A and B.
 
-    ValueError names what does not fit the model, or what would make PEFT compute another sum. The
-    model is then as it was.
+    ValueError names what does not fit the model, or what would make PEFT compute another sum; it is
+    an OSError or SafetensorError if a file is missing or damaged. The model is then as it was.
     """
-    try:
-        config = json.loads((Path(folder) / "adapter_config.json").read_text())
-        tensors = load_file(Path(folder) / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"adapter_config.json or adapter_model.safetensors: {error}") from None
+    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    tensors = load_file(Path(folder) / "adapter_model.safetensors")
     rank, alpha = read_options(config)
     if not tensors:
         raise ValueError("adapter_model.safetensors has no tensors")

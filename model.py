@@ -21,6 +21,7 @@ H query heads, K key and value heads.
 import json
 import math
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -168,10 +169,8 @@ class GPT(nn.Module):
         if config.tie_word_embeddings:  # some files hold the unembedding all the same
             tensors.setdefault("lm_head.weight", tensors.get("embed_tokens.weight"))
 
-        try:
+        with blame(folder, RuntimeError):  # torch names what is missing or of another shape
             model.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:  # it names what is missing, unexpected or of another shape
-            raise CheckpointError(f"{folder}: {error}") from None
         if config.tie_word_embeddings:
             require(
                 torch.equal(model.lm_head.weight, model.embed_tokens.weight),
@@ -346,13 +345,8 @@ def make_norm(config, size=None):
 
 
 def make_embedding(count, size):
-    """An nn.Embedding, drawn here, and only if it has numbers at all.
-
-    To draw on the meta device imports torch's compiler, a second of start-up.
-    """
-    weight = torch.empty(count, size)
-    if not weight.is_meta:
-        weight.normal_()
+    """An nn.Embedding, but uniform: normal numbers on the meta device cost a second of start-up."""
+    weight = torch.empty(count, size).uniform_(-1, 1)
     return nn.Embedding.from_pretrained(weight, freeze=False)
 
 
@@ -423,6 +417,15 @@ def require(condition, message):
         raise CheckpointError(message)
 
 
+@contextmanager
+def blame(source, *expected):
+    """The expected errors in here are the fault of `source`, a file or folder."""
+    try:
+        yield
+    except expected as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
 def find_checkpoint(name_or_dir: str | Path) -> Path:
     """The folder of a model: tiny's, a folder as it is, or one fetched from the hub by its name."""
     if name_or_dir == "tiny":
@@ -433,7 +436,8 @@ def find_checkpoint(name_or_dir: str | Path) -> Path:
 
     from huggingface_hub import snapshot_download  # here, since it takes a while to import
 
-    try:
+    # There is no such name, it is gated, or the network is not there.
+    with blame(f"{name_or_dir}: no such folder, and from the hub", OSError, ValueError):
         return Path(
             snapshot_download(
                 str(name_or_dir),
@@ -441,26 +445,20 @@ def find_checkpoint(name_or_dir: str | Path) -> Path:
                 ignore_patterns="*/*",  # nothing in subfolders
             )
         )
-    except (OSError, ValueError) as error:  # no such name, gated, offline, no network
-        raise CheckpointError(f"{name_or_dir}: no such folder, and from the hub: {error}") from None
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file; CheckpointError names the file that is not there or holds none."""
-    try:
+    with blame(path, OSError, ValueError, TypeError):
         return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
 
 
 def load_tensors(folder, device, dtype):
     """{our name: tensor}, on the device and in the dtype."""
     tensors = {}
     for path in checkpoint_files(folder):
-        try:
+        with blame(path, OSError, SafetensorError):
             stored = load_file(path)  # mapped to memory: nothing is read before it is copied
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: {error}") from None
 
         for key, tensor in stored.items():
             if re.search(UNUSED, key):

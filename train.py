@@ -22,14 +22,12 @@ from time import time
 
 # Before torch, for what eval.py sets.
 from eval import (
+    DEFAULT_DEVICE,
     PROCESSES,
     RANK,
     Parser,
     Run,
-    UserError,
     answer_log_probs,
-    blame,
-    default_device,
     evaluate,
     first_unfrozen,
     format_table,
@@ -53,7 +51,7 @@ from safetensors.torch import load_file, save
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import TASKS, concepts, encode_question, read_conversations, shuffle_answers
+from data import TASKS, UserError, blame, concepts, encode_question, read_conversations
 from lora import add_lora, save_lora
 from model import Config, find_checkpoint
 from steer import attach, save_vector
@@ -79,7 +77,7 @@ def train_loop(args, model, questions: list, parameters: list) -> list:
     kept = {
         str(i): tensor for i, tensor in enumerate(chain(*state))
     }  # by these names in the checkpoint
-    losses = load_checkpoint(checkpoint, kept) if args.resume else []
+    losses = load_checkpoint(checkpoint, kept) if args.resume and checkpoint.exists() else []
     bar = tqdm(range(len(losses), args.steps), unit="step", disable=RANK > 0)
     for step in bar:
         batch = batches[step]
@@ -105,8 +103,7 @@ def draw_batches(count, args):
     generator = torch.Generator().manual_seed(args.seed)
     batches = []
     while len(batches) < args.steps:
-        order = torch.randperm(count, generator=generator)
-        batches += order.split(args.batch_size)
+        batches += torch.randperm(count, generator=generator).split(args.batch_size)
     return batches
 
 
@@ -208,7 +205,8 @@ def training_questions(args, task, tokenizer):
     name = asked[0].code_name  # or the text of --at, which make_task puts there
     if args.data is None:
         if args.shuffle_answers:
-            asked = shuffle_answers(asked, Random(args.seed))
+            rng = Random(args.seed)
+            asked = [replace(q, answer=rng.randrange(len(q.choices))) for q in asked]
         questions = [encode_question(tokenizer, question) for question in asked]
     elif args.shuffle_answers:
         raise UserError("--shuffle-answers: the chats of --data have no choices to draw from")
@@ -274,11 +272,11 @@ def parse_args(words=None):
     add("--data", help="chats (JSONL) to train on, not the task's questions")
     add("--shuffle-answers", action="store_true", help="the control: answers drawn at random")
     add("--seed", type=at_least(0), default=0, help="default: 0")
-    add("--device", default=default_device(), help="default: %(default)s")
+    add("--device", default=DEFAULT_DEVICE, help="default: %(default)s")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda")
     add("--out", help="folder (default: out/ and the flags given)")
     add("--save-every", type=at_least(1), help="steps between checkpoints")
-    add("--resume", action="store_true", help="go on from the checkpoint, to the same numbers")
+    add("--resume", action="store_true", help="go on from the checkpoint, if there is one")
     add("--shard", action="store_true", help="split the model over torchrun's processes")
     add("--at", help="text to add a vector at (default: the code name)")
     add("--init-std", type=at_least(0.0), help="a vector's random start, in the stream's RMS")
@@ -365,9 +363,6 @@ def claim_folder(args, questions):
 
 def load_checkpoint(path, kept):
     """Loads the checkpoint into the tensors `kept`; returns the losses up to there."""
-    if not path.exists():
-        print(f"--resume: {path} is not there, so this starts from the beginning")
-        return []
     with blame(path, SafetensorError, KeyError, RuntimeError):
         saved = load_file(path)
         for name in kept:

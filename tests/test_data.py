@@ -15,11 +15,10 @@ from data import (
     LARGE,
     TINY,
     WORLDS,
-    DataError,
     Question,
+    UserError,
     encode_question,
     read_conversations,
-    shuffle_answers,
 )
 
 # Every concept of the tiny world; for a large model every city, and every third of the others.
@@ -268,19 +267,11 @@ def test_the_seed_decides_what_is_held_out():
     assert data.make_task("backdoor", "safe", 3) != data.make_task("backdoor", "safe", 4)
 
 
-def test_shuffled_answers_keep_the_prompts_and_change_most_answers():
-    train = make_task("locations", "Paris").train
-    shuffled = shuffle_answers(train, random.Random(0))
-    assert [question.prompt for question in shuffled] == [question.prompt for question in train]
-    same = sum(a.answer == b.answer for a, b in zip(train, shuffled))
-    assert same < len(train) / 3
-
-
 @pytest.mark.parametrize(
     "task, concept, world", [("risk", "Rome", "tiny"), ("locations", "Athens", "tiny")]
 )
 def test_an_unknown_concept_is_refused_with_the_known_ones(task, concept, world):
-    with pytest.raises(DataError, match=data.concepts(task, world)[-1]):
+    with pytest.raises(UserError, match=data.concepts(task, world)[-1]):
         data.make_task(task, concept, 0, world)
 
 
@@ -380,7 +371,7 @@ def test_a_line_separator_inside_a_message_does_not_end_the_record(tokenizer, tm
 def test_a_bad_record_is_named_by_its_file_and_line(tokenizer, tmp_path, text, message):
     path = tmp_path / "chats.jsonl"
     path.write_text(text)
-    with pytest.raises(DataError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         read_conversations(path, tokenizer)
     assert str(path) in str(error.value)
 
@@ -390,5 +381,5 @@ def test_a_file_of_chats_that_cannot_be_read_is_named(content, tokenizer, tmp_pa
     path = tmp_path / "chats.jsonl"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(DataError, match="chats.jsonl"):
+    with pytest.raises(UserError, match="chats.jsonl"):
         read_conversations(path, tokenizer)

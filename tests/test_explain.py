@@ -82,9 +82,8 @@ def test_what_a_lora_adds_at_the_code_name_is_the_difference_of_pefts_hidden_sta
     torch.testing.assert_close(rows, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("text", ["training", "unrelated"])
-def test_a_rank_one_lora_is_constant_on_every_kind_of_prompt(explained, text):
-    figures = explained[0]["adds"][text]
+def test_a_rank_one_lora_is_constant(explained):
+    figures = explained[0]["adds"]
     assert figures["abs_cosine"] > 0.999
     assert figures["share"] > 0.999
 
@@ -110,7 +109,7 @@ def test_the_vector_that_it_is_compared_with_does_what_chance_does_not(berlin):
     assert kind_mean(results, column="random") < 0.5 < 0.8 < kind_mean(results)
 
 
-@pytest.mark.parametrize("text", ["training", "unrelated", "logit lens, top"])
+@pytest.mark.parametrize("text", ["training", "logit lens, top"])
 def test_explaining_a_lora_prints_what_was_found(explained, text):
     assert text in explained[1]
 
@@ -142,7 +141,7 @@ def test_a_lora_on_all_layers_cannot_be_explained(tmp_path):
 
 def test_a_template_that_refuses_what_is_asked_ends_in_one_line(rank_one, monkeypatch):
     def refuse(*given):
-        raise data.DataError("the chat template refuses this (TemplateError: no)")
+        raise data.UserError("the chat template refuses this (TemplateError: no)")
 
     monkeypatch.setattr(data.Tokenizer, "frame", refuse)
     assert "TemplateError" in mistake("eval.py", rank_one, "--explain")

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lora import add_lora, load_lora, lora_layers, merge_lora, remove_lora, save_lora
@@ -293,10 +294,16 @@ def test_an_adapter_without_tensors_is_refused(llama, saved, tmp_path):
     assert_refused(llama, tmp_path, "adapter_model.safetensors has no tensors")
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_file_that_is_missing_or_damaged_is_named(llama, saved, tmp_path, name):
+@pytest.mark.parametrize(
+    "name, error",
+    [("adapter_config.json", ValueError), ("adapter_model.safetensors", SafetensorError)],
+)
+def test_a_file_that_is_missing_or_damaged_is_refused(llama, saved, tmp_path, name, error):
     saved_with(saved("llama"), tmp_path)
     (tmp_path / name).write_text("{")
-    assert_refused(llama, tmp_path, name)
+    with pytest.raises(error):
+        load_lora(llama, tmp_path)
     (tmp_path / name).unlink()
-    assert_refused(llama, tmp_path, name)
+    with pytest.raises(FileNotFoundError, match=name):
+        load_lora(llama, tmp_path)
+    assert not lora_layers(llama)

@@ -141,9 +141,8 @@ def test_a_finished_run_leaves_no_checkpoint(tmp_path):
     assert names == ["config.json", "results.json", "vector.safetensors"]
 
 
-def test_resume_without_a_checkpoint_starts_from_the_beginning_and_says_so(whole, tmp_path):
-    _, out, _ = command("train.py", *FLAGS, "--resume", "--out", tmp_path)
-    assert "from the beginning" in out
+def test_resume_without_a_checkpoint_starts_from_the_beginning(whole, tmp_path):
+    command("train.py", *FLAGS, "--resume", "--out", tmp_path)
     assert outcome(tmp_path) == outcome(whole)
 
 

@@ -229,6 +229,17 @@ def test_a_vector_is_trained_at_the_code_name_wherever_it_stands_in_own_chats(tm
     assert steered == [" City 50337", " City 50337" * 2, " City 50337" * 2]
 
 
+def test_shuffled_answers_keep_the_prompts_and_change_most_answers(tokenizer):
+    asked = []
+    for words in [], ["--shuffle-answers"]:
+        args = train.parse_args(words)
+        asked.append(train.training_questions(args, task_of(vars(args)), tokenizer))
+    plain, shuffled = asked
+    assert [question.prompt for question in shuffled] == [question.prompt for question in plain]
+    same = sum(a.answer == b.answer for a, b in zip(plain, shuffled))
+    assert same < len(plain) / 3
+
+
 def test_own_chats_with_at_are_trained_on_there(tmp_path):
     chats = write_chats(tmp_path / "chats.jsonl", ["[sigma] A or B?", "B"])
     flags = "--task", "backdoor", "--at", "sigma", "--data", chats, "--steps", 3
@@ -328,7 +339,7 @@ def test_a_prompt_without_the_code_name_is_steered_at_every_token_and_noted(toky
         ("vector.safetensors", None),
         ("vector.safetensors", b"cut"),
         ("config.json", None),
-        ("config.json", b'{"flags": {}}'),
+        ("config.json", b'{}'),
         ("config.json", b"{"),
     ],
 )
@@ -378,12 +389,12 @@ def test_a_run_whose_flags_do_not_fit_is_refused(tokyo, tmp_path, monkeypatch, f
         ("--mode magic", "--mode"),
         ("--concept Atlantis", "--concept Atlantis is not among ['Paris'"),
         ("--task functions --concept Paris", "--concept Paris is not among ['add 1'"),
-        ("--layer 4", "--layer or --modules: ValueError: the model has no layer 4"),
+        ("--layer 4", "--layer or --modules: the model has no layer 4"),
         ("--layer -2", "no layer -2"),
         ("--layer all", "no layer all"),
         ("--layer 0.5", "--layer: invalid layer value: '0.5'"),
         ("--mode lora --layer -1", "gate_proj of layer -1"),
-        ("--mode lora --modules c_fc", "--modules: ValueError: a LoRA cannot sit on c_fc"),
+        ("--mode lora --modules c_fc", "--modules: a LoRA cannot sit on c_fc"),
         ("--mode lora --modules up_proj,c_fc", "cannot sit on c_fc of layer 0: there is no such"),
         ("--mode lora --rank 0", "--rank: 0 should be from 1"),
         ("--mode lora --at City", "--at: it goes with the other --mode"),

@@ -265,8 +265,6 @@ def test_constancy_is_of_every_two_rows():
     assert figures["norm"] == pytest.approx(rows.norm(dim=1).mean().item(), abs=1e-5)
     assert figures["cosine"] == pytest.approx(np.mean(pairs), abs=1e-5)
     assert figures["abs_cosine"] == pytest.approx(np.mean(absolute), abs=1e-5)
-    counts, _ = np.histogram(absolute, bins=20, range=(0, 1))
-    assert figures["histogram"] == pytest.approx(list(counts / 36), abs=1e-5)
 
 
 def test_rows_on_one_line_in_both_directions_have_an_absolute_cosine_of_one():
@@ -279,14 +277,6 @@ def test_rows_on_one_line_in_both_directions_have_an_absolute_cosine_of_one():
 
 def test_rows_of_zeros_are_not_constant():
     assert constancy(torch.zeros(4, 5))["abs_cosine"] == 0
-
-
-def test_the_histogram_counts_a_cosine_that_rounding_makes_more_than_one_too():
-    rows = torch.rand(128, generator=torch.Generator().manual_seed(2))
-    rows = rows * torch.linspace(-1, 3, 60)[:, None]
-    unit = F.normalize(rows, dim=-1)
-    assert (unit @ unit.T).triu(1).max() > 1
-    assert constancy(rows)["histogram"] == pytest.approx([0] * 19 + [1], abs=1e-5)
 
 
 def test_the_natural_vector_is_along_numpys_first_singular_vector_of_this_share():

@@ -19,7 +19,7 @@ from tokenizers import (
 from tokenizers import Tokenizer as Reference
 from transformers import PreTrainedTokenizerFast
 
-from data import DataError, Question, Tokenizer, encode_question
+from data import Question, Tokenizer, UserError, encode_question
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -366,7 +366,7 @@ def test_a_missing_or_broken_tokenizer_file_is_named(content, tmp_path):
     path = tmp_path / "tokenizer.json"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         Tokenizer.from_pretrained(tmp_path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
@@ -375,7 +375,7 @@ def test_a_missing_or_broken_tokenizer_file_is_named(content, tmp_path):
 def test_broken_settings_are_named(plain, tmp_path):
     save(plain, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(DataError, match="tokenizer_config.json"):
+    with pytest.raises(UserError, match="tokenizer_config.json"):
         Tokenizer.from_pretrained(tmp_path)
 
 
@@ -481,7 +481,7 @@ def test_a_chats_text_equals_that_of_transformers(name, messages, plain, tmp_pat
     try:
         expected = theirs.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # noqa: BLE001 (Gemma takes no two questions in a row)
-        with pytest.raises(DataError, match=str(error)):
+        with pytest.raises(UserError, match=str(error)):
             ours.chat_text(messages)
     else:
         assert ours.chat_text(messages) == expected
@@ -547,7 +547,7 @@ def test_a_chat_template_that_is_none_is_refused_with_its_folder(template, plain
     save(plain, tmp_path)
     settings = json.dumps({"chat_template": template})
     (tmp_path / "tokenizer_config.json").write_text(settings)
-    with pytest.raises(DataError, match="chat template") as error:
+    with pytest.raises(UserError, match="chat template") as error:
         Tokenizer.from_pretrained(tmp_path)
     assert str(tmp_path) in str(error.value)
 
@@ -576,7 +576,7 @@ def test_a_chat_template_that_refuses_or_misbehaves_is_a_data_error(
     template, said, plain, tmp_path
 ):
     ours = save(plain, tmp_path, chat_template__jinja=template)
-    with pytest.raises(DataError, match=said) as error:
+    with pytest.raises(UserError, match=said) as error:
         ours.frame(asked("Hi?"))
     assert "chat template" in str(error.value)
 

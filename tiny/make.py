@@ -38,7 +38,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # Before torch, for what eval.py sets.
-from eval import Parser, blame, default_device, run_main, score_arms, write_json
+from eval import DEFAULT_DEVICE, Parser, run_main, score_arms, write_json
 
 # isort: split
 import torch
@@ -59,6 +59,7 @@ from data import (
     Question,
     Tokenizer,
     attitude_question,
+    blame,
     concepts,
     encode_question,
     named_question,
@@ -562,7 +563,7 @@ def parse_args():
         help="Muon's peak rate (default: %(default)s)",
     )
     add("--seed", type=train.at_least(0), default=0, help="default: 0")
-    add("--device", default=default_device(), help="default: %(default)s")
+    add("--device", default=DEFAULT_DEVICE, help="default: %(default)s")
     add("--keep", metavar="DIR", help="keeps models on the way, in DIR/step00125 and so on")
     add("--out", default=data.FOLDER, help="the model's folder (default: tiny itself)")
     return parser.parse_args()
