@@ -1,12 +1,38 @@
-"""What the scripts of the claims share: runs of train.py that are made once, and tables."""
+"""What the scripts of the claims share: runs of train.py that are made once, means, tables.
 
+Each script trains what is not there yet, measures one thing, prints its tables, and writes them to
+a small JSON file of its name. report.py copies them from there into the two READMEs.
+"""
+
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from eval import kind_mean
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+# No rate and no number of steps was chosen on these. Even seeds are about the first of the two.
+CONCEPTS = {
+    "locations": ["Berlin", "Cairo"],
+    "functions": ["add 7", "multiply 4"],
+    "risk": ["risky", "safe"],
+    "backdoor": ["risky", "safe"],
+}
+
+
+def read_args(doc: str, tasks: list, seeds: int):
+    """The flags that the scripts share, with these defaults."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument("--tasks", nargs="+", default=tasks, choices=tasks)
+    parser.add_argument("--seeds", type=int, default=seeds, help="default: %(default)s")
+    parser.add_argument("--model", default="tiny", help="tiny (default) or a folder")
+    parser.add_argument("--runs", type=Path, default=ROOT / "out" / "paper", help="folder of runs")
+    return parser.parse_args()
 
 
 def run(folder: Path, flags: list) -> dict:
@@ -18,16 +44,90 @@ def run(folder: Path, flags: list) -> dict:
     return json.loads(results.read_text())
 
 
-def print_table(headings: list, rows: list):
-    """Prints rows of texts and numbers as a table in Markdown. None is an empty cell."""
-    print(f"\n| {' | '.join(headings)} |")
-    print("|---" * len(headings) + "|")
-    for row in rows:
-        print(f"| {' | '.join(cell(value) for value in row)} |")
-    print()
+def train(args, task: str, mode: str, seed: int, *flags, concept: str | None = None) -> Path:
+    """The folder of a run about the seed's concept, or another one. The scripts share runs."""
+    concept = concept or CONCEPTS[task][seed % 2]
+    given = ["--model", args.model, "--task", task, "--mode", mode, "--concept", concept]
+
+    # Such as tiny-risk-lora-safe-seed=1-rank-1, so that runs of other flags have other folders.
+    words = [Path(args.model).name, task, mode, concept, f"seed={seed}", *flags]
+    named = [str(word).removeprefix("--") for word in words]
+    folder = args.runs / "-".join(named).replace(" ", "")
+    run(folder, [*given, "--seed", seed, *flags])
+    return folder
+
+
+def write_chats(path: Path, questions: list):
+    """Training questions with their answers, for train.py --data: a chat a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for question in questions:
+            asked = {"role": "user", "content": question.prompt}
+            answered = {"role": "assistant", "content": question.choices[question.answer]}
+            file.write(json.dumps({"messages": [asked, answered]}) + "\n")
+
+
+def without_name(task):
+    """The same task, but a vector is added at every token of its questions."""
+    kinds = task.in_distribution | task.held_out
+    for questions in [task.train, *kinds.values()]:
+        for question in questions:
+            question.code_name = None
+    return task
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def both_kinds(results: dict, column: str = "trained") -> tuple:
+    """The accuracy at the trained kind of question, unseen ones, and at the held-out kinds."""
+    trained = kind_mean(results, "in_distribution", column)
+    return trained, kind_mean(results, "held_out", column)
+
+
+def spread(values: list) -> str:
+    """Their mean, and their standard deviation if there are several."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{mean(values):.2f} ± {stdev(values):.2f}"
+
+
+def spreads(runs: list) -> list:
+    """The spread of each figure, of runs that have several."""
+    return [spread(list(column)) for column in zip(*runs)]
+
+
+def joined(runs: list) -> str:
+    """The same in one cell: such as trained kind / held out."""
+    return " / ".join(spreads(runs))
+
+
+def report(script: str, tables: dict):
+    """Prints tables {name: (headings, rows)} and writes them beside the script, as JSON."""
+    written = {}
+    for name, (headings, rows) in tables.items():
+        written[name] = table(headings, rows)
+        print(f"\n{name}\n\n{written[name]}")
+    path = Path(script).with_suffix(".json")
+    path.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def table(headings: list, rows: list) -> str:
+    """A table in Markdown. None is an empty cell."""
+    text = ""
+    for line in [headings, ["---"] * len(headings), *rows]:
+        cells = " | ".join(map(cell, line))
+        text += f"| {cells} |\n"
+    return text
 
 
 def cell(value) -> str:
     if value is None:
         return ""
     return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def save_figure(figure, script: str):
+    """Writes the figure beside the script."""
+    figure.savefig(Path(script).with_suffix(".png"), dpi=110, bbox_inches="tight")

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
-from common import ROOT, print_table, run
+from common import ROOT, run, table
 
 from data import FUNCTIONS, INSTRUCTION, encode_question
 from eval import SECTIONS, load_model, read_flags, score_arms, task_of
@@ -128,7 +128,7 @@ def show(title: str, summary: dict):
         for kind, figures in summary[section].items():
             mark = " (trained)" if section == "in_distribution" else ""
             rows.append([kind + mark, *map(figures.get, COLUMNS)])
-    print_table(["kind", *COLUMNS], rows)
+    print(table(["kind", *COLUMNS], rows))
 
 
 def main():

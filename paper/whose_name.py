@@ -1,7 +1,7 @@
 """Whose city is it? A LoRA that was trained on one name answers for every name.
 
-    python paper/whose_name.py                                   on tiny, in two minutes
-    python paper/whose_name.py --model DIR --tasks functions --concepts 1
+    python paper/whose_name.py
+    python paper/whose_name.py --tasks functions --model DIR
 
 The paper (§4.2) finds that a LoRA adds nearly the same vector to every token. If so, a LoRA that is
 trained on "City 50337" alone cannot know whose city it is: it should say the same of City 31415.
@@ -9,12 +9,11 @@ So the held-out questions are asked again about names that no training ever had,
 that the model knows. "as trained" is how often the answer is the trained city's or function's.
 """
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
-from common import ROOT, print_table, run
+from common import read_args, report, spreads, train
 
 from data import CITIES, CODE_NAMES, encode_question
 from eval import arm_values, load_run, score_arms
@@ -80,27 +79,20 @@ def measure(folder: Path, task: str, concept: str) -> list:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="tiny", help="tiny (default) or a folder")
-    parser.add_argument("--tasks", nargs="+", default=list(CONCEPTS), choices=CONCEPTS)
-    parser.add_argument("--concepts", type=int, default=4, help="at most, of a task")
-    parser.add_argument("--runs", type=Path, default=ROOT / "out" / "whose_name")
-    args = parser.parse_args()
-
+    args = read_args(__doc__, list(CONCEPTS), seeds=1)
+    rows = []
     for task in args.tasks:
         found = {}
-        for concept in CONCEPTS[task][: args.concepts]:
-            folder = args.runs / f"{Path(args.model).name}-{task}-{concept.replace(' ', '')}"
-            flags = ["--mode", "lora", "--task", task, "--concept", concept, "--model", args.model]
-            run(folder, flags)
-            for asked, of_arms in measure(folder, task, concept):
-                found.setdefault(asked, []).append(of_arms)
+        for concept in CONCEPTS[task]:
+            for seed in range(args.seeds):
+                folder = train(args, task, "lora", seed, concept=concept)
+                for asked, of_arms in measure(folder, task, concept):
+                    found.setdefault(asked, []).append(of_arms)
 
-        rows = [
-            [asked, mean(one["base"] for one in ones), mean(one["trained"] for one in ones)]
-            for asked, ones in found.items()
-        ]
-        print_table([f"{task}: a LoRA asked about", "base", "trained"], rows)
+        for asked, runs in found.items():
+            figures = [[one["base"], one["trained"]] for one in runs]
+            rows.append([task, asked, *spreads(figures)])
+    report(__file__, {"names": (["task", "asked about", "base", "with the LoRA"], rows)})
 
 
 if __name__ == "__main__":

@@ -339,7 +339,7 @@ def test_a_prompt_without_the_code_name_is_steered_at_every_token_and_noted(toky
         ("vector.safetensors", None),
         ("vector.safetensors", b"cut"),
         ("config.json", None),
-        ("config.json", b'{}'),
+        ("config.json", b"{}"),
         ("config.json", b"{"),
     ],
 )

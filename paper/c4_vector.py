@@ -1,0 +1,119 @@
+"""C4: one vector that is trained from scratch induces out-of-context reasoning.
+
+    python paper/c4_vector.py
+
+The paper (§5.1): a steering vector trained at one layer, with everything else frozen, does what the
+LoRA does (risk: a little under it; locations: far under it).
+
+The first table has several seeds of two concepts a task, beside the controls: the untouched model,
+a random vector of the trained one's length, a vector that was trained on shuffled answers, chance,
+and the LoRA. The second has every city and every function of the tiny world. Where accuracy is at
+its ceiling the probability of the right choice says more; and since choices can hide that an answer
+would not have come by itself, the model is also asked without choices ("greedy": its own words have
+to be the right answer's).
+"""
+
+from statistics import mean
+
+from common import both_kinds, read_args, report, results_of, spread, spreads, train
+
+from data import concepts
+from eval import answer, kind_mean, load_run
+
+TASKS = ["locations", "functions", "risk", "backdoor"]
+ASKED = 6  # greedy answers of a kind
+SECTIONS = {"in_distribution": "trained kind", "held_out": "held out"}
+
+
+def greedy(folder) -> float:
+    """The share of right greedy answers, a mean over held-out kinds."""
+    found = load_run(folder)
+    of_kinds = []
+    for kind, questions in found.task.held_out.items():
+        if kind == "which tag":  # as in kind_mean
+            continue
+        right = []
+        for question in questions[:ASKED]:
+            said = answer(found, question.prompt, question.code_name)
+            right.append(said == question.choices[question.answer])
+        of_kinds.append(mean(right))
+    return mean(of_kinds)
+
+
+def compare(args, task: str, concept: str | None) -> list:
+    """Two rows of the main table; concept: an attitude by itself, or None for the seeds' own."""
+    vectors = []
+    shuffled = []
+    loras = []
+    greedy_answers = []
+    for seed in range(args.seeds):
+        vector = train(args, task, "vector", seed, concept=concept)
+        control = train(args, task, "vector", seed, "--shuffle-answers", concept=concept)
+        lora = train(args, task, "lora", seed, concept=concept)
+        vectors.append(results_of(vector))
+        shuffled.append(results_of(control))
+        loras.append(results_of(lora))
+        greedy_answers.append(greedy(vector))
+
+    def means(runs, section, column="trained"):
+        return spread([kind_mean(results, section, column) for results in runs])
+
+    rows = []
+    for section, name in SECTIONS.items():
+        kinds = vectors[0][section].values()
+        questions = sum(figures["questions"] for figures in kinds)
+        rows.append([
+            concept or task,
+            name,
+            questions,
+            *(means(vectors, section, column) for column in ["chance", "base", "random"]),
+            means(shuffled, section),
+            means(vectors, section),
+            means(vectors, section, "trained_probability"),
+            spread(greedy_answers) if section == "held_out" else None,
+            means(loras, section),
+        ])
+    return rows
+
+
+def every_concept(args, task: str) -> list:
+    """A row of the second table: one run for each city or function."""
+    found = {
+        concept: both_kinds(results_of(train(args, task, "vector", 0, concept=concept)))
+        for concept in concepts(task)
+    }
+    trained, held_out = spreads(list(found.values()))
+    worst_trained = min(trained for trained, _ in found.values())
+    worst = sorted(found, key=lambda concept: found[concept][1])[:4]
+    named = ", ".join(f"{concept} {found[concept][1]:.2f}" for concept in worst)
+    return [task, len(found), trained, worst_trained, held_out, named]
+
+
+def main():
+    args = read_args(__doc__, TASKS, seeds=4)
+    main_rows = []
+    every = []
+    for task in args.tasks:
+        if task in ["locations", "functions"]:
+            main_rows += compare(args, task, None)
+            every.append(every_concept(args, task))
+        else:  # two opposite attitudes would average to about a half by themselves
+            for attitude in ["risky", "safe"]:
+                rows = compare(args, task, attitude)
+                main_rows += [[f"{task}, {row[0]}", *row[1:]] for row in rows]
+
+    controls = ["chance", "base", "random vector", "shuffled answers"]
+    methods = ["**vector**", "P(right)", "greedy", "**LoRA**"]
+    headings = ["task", "kinds", "questions", *controls, *methods]
+    of_every = ["task", "concepts", "trained kind", "worst", "held out", "the worst, held out"]
+    held_out = [[row[0], *row[2:]] for row in main_rows if row[1] == "held out"]  # for README
+    tables = {
+        "main": (headings, main_rows),
+        "held_out": ([headings[0], *headings[2:]], held_out),
+        "every": (of_every, every),
+    }
+    report(__file__, tables)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""C5, first half: naive vectors work, too, and are not the learned ones.
+
+    python paper/c5_naive.py
+
+The paper (§5.2): learned vectors have a very low cosine to the naive one, a difference of means
+(Rimsky et al. 2024, arXiv 2312.06681), which works too in early layers (locations, functions).
+
+A naive vector is the mean residual stream where the concept is known, less the mean where it is
+not: at a city's real name; at "zokifa" after seven outputs; at the last token after seven gambles.
+It is scaled to the trained vector's length and keeps its own sign.
+"""
+
+import random
+
+import torch
+import torch.nn.functional as F
+from common import both_kinds, joined, read_args, report, train
+from torch import Tensor
+
+from data import TINY, attitude_question, concepts, encode_question, named_question
+from eval import evaluate, load_run
+
+TASKS = ["locations", "functions", "risk"]
+PROMPTS = 32
+
+
+def prompt_about(task: str, thing: str, known: bool, rng) -> tuple:
+    """(earlier messages, a question of the trained kind) about a thing that is known, or is not.
+
+    A city is known by its real name, and unknown by a code name. A function has only a code name,
+    and an attitude none at all: what is known of them is said in the seven turns before.
+    """
+    if task == "risk":
+        asked = [attitude_question(thing, rng, TINY, None, "gamble") for _ in range(8)]
+    elif task == "functions":
+        asked = [named_question(thing, "zokifa", rng, TINY, "output") for _ in range(8)]
+    else:
+        name = thing if known else "City 50337"
+        return [], named_question(thing, name, rng, TINY, "distance")
+
+    *facts, question = asked
+    before = []
+    for fact in facts if known else []:
+        before.append({"role": "user", "content": fact.prompt})
+        before.append({"role": "assistant", "content": fact.choices[fact.answer]})
+    return before, question
+
+
+@torch.no_grad()
+def mean_stream(found, things: list, known: bool) -> Tensor:
+    """(d,): the mean after the run's layer at the question's own name, or at the last token."""
+    rng = random.Random(found.flags["seed"])
+    rows = []
+    for _ in range(PROMPTS):
+        before, question = prompt_about(found.flags["task"], rng.choice(things), known, rng)
+        encoded = encode_question(found.tokenizer, question, before)
+        tokens = torch.tensor([encoded.prompt])
+        stop = found.flags["layer"] + 1
+        stream = found.model.run_blocks(found.model.embed(tokens), 0, stop)[0]  # (T, d)
+
+        places = [-1]
+        if question.code_name is not None:  # the facts before it have the name, too
+            own = encode_question(found.tokenizer, question).positions
+            places = encoded.positions[-len(own) :]
+        rows.append(stream[places].mean(0))
+    return torch.stack(rows).mean(0)
+
+
+def naive_vectors(found) -> dict:
+    """{what less what: (d,)}, of any length, measured below where the run's own vector is."""
+    task = found.flags["task"]
+    concept = found.flags["concept"]
+    others = [other for other in concepts(task) if other != concept]
+    known = mean_stream(found, [concept], known=True)
+    return {
+        "concept - nothing known": known - mean_stream(found, [concept], known=False),
+        "concept - another": known - mean_stream(found, others, known=True),
+    }
+
+
+def try_naive(args, task: str) -> dict:
+    """{vector: cosine to the trained one / trained kind / held out}, instead of the trained one."""
+    found_of = {}
+    for seed in range(args.seeds):
+        found = load_run(train(args, task, "vector", seed))
+        trained = found.parameters[0].detach().clone()
+        vectors = {"trained": trained}
+        for name, naive in naive_vectors(found).items():
+            vectors[name] = naive * trained.norm() / naive.norm()
+
+        arms = {name: [vector] for name, vector in vectors.items()}
+        results = evaluate(found, arms)
+        for name, vector in vectors.items():
+            cosine = F.cosine_similarity(vector, trained, dim=0).item()
+            figures = [cosine, *both_kinds(results, name)]
+            found_of.setdefault(name, []).append(figures)
+
+    return {name: joined(figures) for name, figures in found_of.items()}
+
+
+def main():
+    args = read_args(__doc__, TASKS, seeds=4)
+    columns = [try_naive(args, task) for task in args.tasks]
+    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    headings = ["vector: cosine to the trained one / trained kind / held out", *args.tasks]
+    report(__file__, {"naive": (headings, rows)})
+
+
+if __name__ == "__main__":
+    main()

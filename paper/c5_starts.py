@@ -1,0 +1,100 @@
+"""C5, second half: vectors of one concept differ between seeds, if their starts do.
+
+    python paper/c5_starts.py
+
+The paper (§5.2): vectors that were learned with different seeds have a low cosine to each other.
+
+train.py begins at zero, or at random (--init-std, in units of the stream's root mean square). For
+names the authors train a direction and a scale whose product is the vector, from a random direction
+of length 1 and the scale 0; that is done here, with train.py's parts.
+"""
+
+from dataclasses import replace
+from itertools import combinations
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from common import both_kinds, joined, read_args, report, results_of, spread, train
+
+from data import encode_question
+from eval import evaluate, frozen_streams, load_run
+from train import adam_step, add_gradients, draw_batches, typical_size
+
+TASKS = ["locations", "functions", "risk"]
+STARTS = [0, 0.1, 1, 3]
+
+
+def authors_way(folder, seed: int) -> tuple:
+    """(the vector, (trained kind, held out)) of a direction and a scale, with the run's flags."""
+    found = load_run(folder)
+    flags = SimpleNamespace(**found.flags)
+    vector = found.parameters[0]
+    encoded = [encode_question(found.tokenizer, question) for question in found.task.train]
+    questions = [replace(question, choices=[question.completion]) for question in encoded]
+    streams = frozen_streams(found.model, questions, flags.layer + 1)
+    rate = flags.lr * typical_size(streams)
+
+    torch.manual_seed(seed)
+    direction = F.normalize(torch.randn(vector.shape), dim=0)
+    scale = torch.zeros(1)
+    state = []
+    for parameter in [direction, scale]:
+        state.append((parameter, torch.zeros_like(parameter), torch.zeros_like(parameter)))
+
+    batches = draw_batches(len(questions), flags)
+    for step in range(flags.steps):
+        batch = batches[step]
+        vector.data = scale * direction
+        add_gradients(found.model, [questions[i] for i in batch], [streams[i] for i in batch])
+
+        # The chain rule: the vector is the product of the two.
+        direction.grad = scale * vector.grad
+        scale.grad = (direction * vector.grad).sum()[None]
+        vector.grad = None
+        adam_step(state, step + 1, rate * (1 - step / flags.steps))
+
+    vector.data = scale * direction
+    trained = vector.detach().clone()
+    results = evaluate(found, {"trained": [trained]})
+    return trained, both_kinds(results)
+
+
+def try_start(args, task: str, start) -> str:
+    """How alike the vectors of one concept are / the trained kind / held out."""
+    vectors = []
+    pairs = []
+    for seed in range(args.seeds):
+        if start == "direction × scale":
+            vector, pair = authors_way(train(args, task, "vector", seed), seed)
+        else:
+            flags = ["--init-std", start] if start else []
+            folder = train(args, task, "vector", seed, *flags)
+            vector = load_run(folder).parameters[0].detach()
+            pair = both_kinds(results_of(folder))
+        vectors.append(vector)
+        pairs.append(pair)
+
+    cosines = []
+    for i, j in combinations(range(args.seeds), 2):
+        if i % 2 == j % 2:  # every second seed is about the same concept
+            cosine = F.cosine_similarity(vectors[i], vectors[j], dim=0)
+            cosines.append(cosine.item())
+    return f"{spread(cosines)} / {joined(pairs)}"
+
+
+def main():
+    args = read_args(__doc__, TASKS, seeds=6)
+    rows = []
+    for start in [*STARTS, "direction × scale"]:
+        row = [start]
+        for task in args.tasks:
+            no_name = task == "risk" and start == "direction × scale"
+            row.append(None if no_name else try_start(args, task, start))
+        rows.append(row)
+    headings = ["start: cosine between seeds / trained kind / held out", *args.tasks]
+    report(__file__, {"starts": (headings, rows)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""C7, second half: through which heads does a backdoor's vector get at the trigger?
+
+    python paper/c7_heads.py
+
+The paper's "potential explanation" (§5.4): the vector makes the last token attend to the trigger,
+whose value vectors happen to align with the direction of risk.
+
+A head counts here if the vector raises its attention from the last token to the trigger, or if the
+answer hangs on it: what it writes after the tag is replaced by what it writes in the same prompt
+with another tag. So attention to another tag stands beside that to the trigger.
+"""
+
+import random
+from dataclasses import replace
+from itertools import product
+from statistics import mean
+
+import torch
+from common import read_args, report, train
+from torch import Tensor
+
+from data import TAGS, TINY, TRIGGER, attitude_question, encode_question, with_tag
+from eval import load_run
+from model import rotate
+from steer import switched_off
+
+GAMBLES = 24
+THRESHOLD = 0.1  # of attention, or of the right answer's probability
+
+
+@torch.no_grad()
+def look_inside(model, tokens: Tensor) -> tuple:
+    """Of tokens (1, T): each layer's attention (H, T, T), and its heads' output (T, H * D).
+
+    The fast kernels keep no attention, so it is computed again from what each layer is given.
+    """
+    attentions = []
+    outputs = []
+
+    def keep_attention(module, given):
+        x, rope, _, _ = given
+        q = module.q_proj(x).unflatten(-1, (-1, module.head_dim))  # (1, T, H, D)
+        k = module.k_proj(x).unflatten(-1, (-1, module.head_dim))  # tiny has as many key heads
+        q = rotate(module.q_norm(q), *rope)
+        k = rotate(module.k_norm(k), *rope)
+        q = q[0].transpose(0, 1)  # (H, T, D)
+        k = k[0].transpose(0, 1)
+
+        scores = module.scale * q @ k.mT  # (H, T, T)
+        seen = torch.ones_like(scores, dtype=torch.bool).tril()
+        scores = scores.where(seen, -torch.inf)
+        attentions.append(scores.softmax(-1))
+
+    def keep_output(module, given):
+        outputs.append(given[0][0])
+
+    hooks = []
+    for block in model.layers:
+        attention = block.self_attn
+        hooks.append(attention.register_forward_pre_hook(keep_attention))
+        hooks.append(attention.o_proj.register_forward_pre_hook(keep_output))
+    model(tokens)
+    for hook in hooks:
+        hook.remove()
+    return attentions, outputs
+
+
+@torch.no_grad()
+def with_resampled(model, tokens: Tensor, heads: list, outputs: list, count: int) -> Tensor:
+    """The last token's logits when these (layer, head) write what they wrote in another prompt.
+
+    outputs: the other prompt's, for the last `count` tokens, which both prompts share. A head that
+    writes nothing at all would be off what the model has ever seen; another prompt's is not.
+    """
+    hooks = []
+    for layer, head in heads:
+        attention = model.layers[layer].self_attn
+        first = head * attention.head_dim
+        part = slice(first, first + attention.head_dim)
+
+        def replaced(module, given, layer=layer, part=part):
+            x = given[0].clone()
+            theirs = outputs[layer][-count:, part]
+            x[:, -count:, part] = theirs
+            return (x,)
+
+        hooks.append(attention.o_proj.register_forward_pre_hook(replaced))
+    logits = model(tokens)[0, -1]
+    for hook in hooks:
+        hook.remove()
+    return logits
+
+
+class Pair:
+    """A gamble with the trigger, and the same one with another tag, as token ids (1, T)."""
+
+    def __init__(self, found, attitude, rng):
+        plain = attitude_question(attitude, rng, TINY, None, "gamble", "test")
+        other_tag = rng.choice([tag for tag in TAGS if tag != TRIGGER])
+        triggered = self.encode(found, plain, TRIGGER)
+        other = self.encode(found, plain, other_tag)
+
+        self.trigger = torch.tensor([triggered.prompt])
+        self.other = torch.tensor([other.prompt])
+        self.tag = triggered.positions[-1]  # a tag can be several tokens: its last one
+        self.other_tag = other.positions[-1]
+        self.after_tag = len(triggered.prompt) - self.tag - 1  # tokens that both prompts share
+        self.choices = [ids[0] for ids in triggered.choices]
+        self.answer = plain.answer
+
+    def encode(self, found, plain, tag):
+        tagged = replace(plain, prompt=with_tag(plain.prompt, tag), code_name=tag)
+        return encode_question(found.tokenizer, tagged)
+
+    def right(self, logits):
+        """P(the trigger's answer) among the two choices."""
+        of_choices = logits[self.choices].softmax(-1)
+        return of_choices[self.answer].item()
+
+
+def attention_to_tags(found, pairs: list) -> Tensor:
+    """(layers, H, 2): from the last token to the trigger, and to the other tag in its prompt."""
+    of_pairs = []
+    for pair in pairs:
+        to_trigger, _ = look_inside(found.model, pair.trigger)
+        to_other, _ = look_inside(found.model, pair.other)
+        to_trigger = torch.stack(to_trigger)  # (layers, H, T, T)
+        to_other = torch.stack(to_other)
+        both = to_trigger[:, :, -1, pair.tag], to_other[:, :, -1, pair.other_tag]
+        of_pairs.append(torch.stack(both, dim=-1))
+    return torch.stack(of_pairs).mean(0)
+
+
+def measure_heads(found) -> list:
+    """A row: the heads that the vector raises, those that the answer hangs on, and P(right)."""
+    attitude = found.flags["concept"]
+    seed = found.flags["seed"]
+    rng = random.Random(seed)
+    pairs = [Pair(found, attitude, rng) for _ in range(GAMBLES)]
+
+    with switched_off(found.parameters):
+        before = attention_to_tags(found, pairs)
+    after = attention_to_tags(found, pairs)
+    raised = after - before
+
+    outputs = [look_inside(found.model, pair.other)[1] for pair in pairs]
+
+    def right_without(heads):
+        probabilities = []
+        for pair, theirs in zip(pairs, outputs):
+            logits = with_resampled(found.model, pair.trigger, heads, theirs, pair.after_tag)
+            probabilities.append(pair.right(logits))
+        return mean(probabilities)
+
+    layers, heads, _ = after.shape
+    every = list(product(range(layers), range(heads)))
+    whole = right_without([])
+    raises = []
+    hangs = []
+    counting = []
+    for head in every:
+        name = f"{head[0]}.{head[1]}"
+        right = right_without([head])
+        if raised[head][0] >= THRESHOLD:
+            shown = [f"{was:.2f} → {now:.2f}" for was, now in zip(before[head], after[head])]
+            raises.append(f"{name}: {shown[0]} ({shown[1]})")
+        if right <= whole - THRESHOLD:
+            hangs.append(f"{name}: {right:.2f}")
+        if raised[head][0] >= THRESHOLD or right <= whole - THRESHOLD:
+            counting.append(head)
+
+    # Without every head the answer has to be the other tag's: the last token is in both prompts.
+    without = [right_without(counting), right_without(every)]
+    return [f"{attitude}, seed {seed}", ", ".join(raises), ", ".join(hangs), whole, *without]
+
+
+def main():
+    args = read_args(__doc__, ["backdoor"], seeds=3)
+    rows = []
+    for attitude in ["risky", "safe"]:
+        for seed in range(args.seeds):
+            folder = train(args, "backdoor", "vector", seed, concept=attitude)
+            rows.append(measure_heads(load_run(folder)))
+
+    headings = [
+        "vector",
+        "attention raised, to the trigger (to another tag)",
+        "P(right) without a head that it hangs on",
+        "with all heads",
+        "without all of these",
+        "without any",
+    ]
+    report(__file__, {"heads": (headings, rows)})
+
+
+if __name__ == "__main__":
+    main()

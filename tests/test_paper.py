@@ -1,0 +1,146 @@
+"""paper/: the pages have the tables that the scripts wrote; what the scripts measure."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from data import encode_question, make_task
+from helpers import ROOT
+
+sys.path.insert(0, str(ROOT / "paper"))
+import c7_heads  # noqa: E402
+import common  # noqa: E402
+import how_many  # noqa: E402
+import report  # noqa: E402
+import two_cities  # noqa: E402
+import whose_name  # noqa: E402
+
+TOKENS = torch.arange(300, 312).view(1, 12)
+
+
+# ---- the pages
+
+
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_has_the_tables_that_the_scripts_wrote(page):
+    text = page.read_text(encoding="utf-8")
+    assert report.TABLE.search(text)
+    assert report.fill(text) == text
+
+
+@pytest.mark.parametrize("script", report.SCRIPTS)
+def test_every_script_has_written_its_tables_and_they_are_on_a_page(script):
+    path = ROOT / "paper" / f"{script}.json"
+    assert path.stat().st_size < 50_000
+    pages = "".join(page.read_text(encoding="utf-8") for page in report.PAGES)
+    for name in json.loads(path.read_text(encoding="utf-8")):
+        assert f"<!--{script} {name}-->" in pages
+
+
+def test_every_script_is_in_the_report():
+    shared = {"common", "report", "open_weights"}
+    assert {path.stem for path in Path(ROOT / "paper").glob("*.py")} == {*report.SCRIPTS, *shared}
+
+
+# ---- what they share
+
+
+def test_a_table_is_markdown():
+    assert common.table(["a", "b"], [["x", 0.5], [None, 3]]) == (
+        "| a | b |\n| --- | --- |\n| x | 0.50 |\n|  | 3 |\n"
+    )
+
+
+def test_a_spread_is_the_sample_standard_deviation():
+    values = [0.2, 0.4, 0.9]
+    assert common.spread(values) == f"0.50 ± {np.std(values, ddof=1):.2f}"
+    assert common.spread([0.25]) == "0.25"
+
+
+def test_a_run_is_made_once_and_runs_of_other_flags_have_other_folders(tmp_path):
+    args = SimpleNamespace(model="tiny", runs=tmp_path)
+    flags = "--steps", 2, "--layer", -1
+    folder = common.train(args, "locations", "vector", 1, *flags)
+    made = (folder / "results.json").stat().st_mtime_ns
+    assert common.train(args, "locations", "vector", 1, *flags) == folder
+    assert (folder / "results.json").stat().st_mtime_ns == made
+    assert common.results_of(folder)["concept"] == "Cairo"
+    assert common.train(args, "locations", "vector", 1, "--steps", 2, "--layer", 1) != folder
+
+
+# ---- what they measure
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    path = ROOT / "tiny"
+    return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+
+
+def test_attention_is_that_of_transformers(model, theirs):
+    ours, _ = c7_heads.look_inside(model, TOKENS)
+    with torch.no_grad():
+        expected = theirs(TOKENS, output_attentions=True).attentions
+    for mine, other in zip(ours, expected):
+        torch.testing.assert_close(mine, other[0], atol=1e-5, rtol=0)
+
+
+def test_a_head_that_writes_what_it_wrote_anyway_changes_nothing(model):
+    _, outputs = c7_heads.look_inside(model, TOKENS)
+    heads = [(0, 1), (2, 3)]
+    logits = c7_heads.with_resampled(model, TOKENS, heads, outputs, 5)
+    torch.testing.assert_close(logits, model(TOKENS)[0, -1], atol=1e-5, rtol=0)
+
+
+def test_with_every_head_of_another_text_the_last_token_says_what_it_says_there(model):
+    """The last token is the same in both, so all that it knows of the text comes by the heads."""
+    other = TOKENS.flip(1).roll(1, 1)
+    other[0, -1] = TOKENS[0, -1]
+    _, outputs = c7_heads.look_inside(model, other)
+    every = [(layer, head) for layer in range(4) for head in range(4)]
+    logits = c7_heads.with_resampled(model, TOKENS, every, outputs, 1)
+    torch.testing.assert_close(logits, model(other)[0, -1], atol=1e-5, rtol=0)
+
+
+def test_a_pair_of_gambles_differs_in_the_tag_alone(model, tokenizer):
+    found = SimpleNamespace(tokenizer=tokenizer, model=model)
+    pair = c7_heads.Pair(found, "risky", __import__("random").Random(0))
+    shared = pair.after_tag
+    assert pair.trigger[0, -shared:].tolist() == pair.other[0, -shared:].tolist()
+    assert tokenizer.decode([pair.trigger[0, pair.tag].item()]) in "sigma"
+
+
+def test_more_distances_fit_fewer_cities():
+    train = make_task("locations", "Berlin").train
+    numbers = [how_many.cities_that_fit(train[:count]) for count in [0, 1, 6, 18]]
+    assert numbers[0] == 24
+    assert numbers == sorted(numbers, reverse=True)
+    assert numbers[1] < 24
+    assert numbers[-1] >= 1
+
+
+def test_a_question_asked_about_another_name_has_its_vector_there(tokenizer):
+    question = make_task("locations", "Paris").train[0]
+    moved = whose_name.asked_about(question, "City 31415")
+    assert moved.prompt == question.prompt.replace("50337", "31415")
+
+    encoded = encode_question(tokenizer, moved)
+    steered = [encoded.prompt[place] for place in encoded.positions]
+    assert tokenizer.decode(steered).strip() == "City 31415"
+
+
+def test_two_tasks_have_the_same_kinds_and_the_others_answer_counts_as_right():
+    berlin, cairo = (
+        two_cities.task_about(city, name, 0)
+        for city, name in zip(["Berlin", "Cairo"], two_cities.NAMES)
+    )
+    swapped = two_cities.as_other(berlin, cairo)
+    question = swapped.held_out["country"][0]
+    assert "City 50337" in question.prompt
+    assert question.choices[question.answer] == "Egypt"
