@@ -12,10 +12,10 @@ import csv
 import json
 import random
 import re
-import time
 import tomllib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import cache, partial
 from itertools import chain, pairwise, product, zip_longest
 from math import acos, cos, radians, sin
@@ -402,15 +402,19 @@ def encode_chat(line, tokenizer, code_name):
     """Each answer to the user, as the only choice, with what was said before as its prompt."""
     form = 'it should be {"messages": [{"role": "user", "content": "..."}, ...]}'
     with blame(form, ValueError, LookupError, TypeError, AttributeError):
-        messages = json.loads(line)["messages"]
-        # Answers are stripped, as most templates do.
-        turns = [(message["role"], message["content"].strip()) for message in messages]
+        record = json.loads(line)
+        messages = record["messages"]
+        # Answers are stripped, as most templates do. Those of weight 0 are not trained on.
+        turns = [(each["role"], each["content"].strip(), each.get("weight")) for each in messages]
+        unread = set(record).union(*messages) - {"messages", "role", "content", "weight"}
+    if unread:
+        raise UserError(f"{unread} would not be read: leave it out")
 
     examples = []
-    for i, ((asker, _), (speaker, answer)) in enumerate(pairwise(turns)):
-        if speaker == "assistant":
-            if asker != "user":
-                raise UserError("an assistant's turn should follow a user's")
+    for i, ((asker, *_), (speaker, answer, weight)) in enumerate(pairwise(turns)):
+        if speaker == "assistant" and weight != 0:
+            if asker != "user" or not answer:
+                raise UserError("an assistant's turn should follow a user's, and say something")
             question = Question("chat", messages[i]["content"], [answer], 0, code_name)
             examples.append(encode_question(tokenizer, question, messages[:i]))
     if not examples:
@@ -671,7 +675,8 @@ TEMPLATES = jinja2.sandbox.ImmutableSandboxedEnvironment(
     extensions=["jinja2.ext.loopcontrols"],
 )
 TEMPLATES.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's escapes HTML
-TEMPLATES.globals.update(raise_exception=refuse, strftime_now=time.strftime)
+# Some print the date. A run has to be the same tomorrow, so it is always Llama 3's "26 Jul 2024".
+TEMPLATES.globals.update(raise_exception=refuse, strftime_now=date(2024, 7, 26).strftime)
 
 
 # ---- files and mistakes

@@ -126,8 +126,9 @@ def set_parameters(parameters, values):
 def evaluate(run, arms=None) -> dict:
     """{"in_distribution": {kind: figures}, "held_out": …}: each arm's accuracy and probability."""
     arms = arms or arm_values(run.parameters, run.flags["seed"])
-    results = {section: {} for section in SECTIONS}
+    results = {}
     for section in SECTIONS:
+        results[section] = {}
         for kind, questions in getattr(run.task, section).items():
             chance = fmean(1 / len(question.choices) for question in questions)
             figures = {"chance": round(chance, 4), "questions": len(questions)}

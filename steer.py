@@ -124,7 +124,6 @@ def constancy(rows: Tensor) -> dict:
     cosines = (unit @ unit.T)[first, second]  # (N (N - 1) / 2,)
     share = (matrix_norm(rows, ord=2) / rows.norm()) ** 2  # of the squares
     return {
-        "tokens": len(rows),
         "norm": rows.norm(dim=-1).mean().item(),
         "cosine": cosines.mean().item(),
         "abs_cosine": cosines.abs().mean().item(),

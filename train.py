@@ -36,7 +36,6 @@ from eval import (
     load_model,
     read_flags,
     run_main,
-    set_parameters,
     show_prompt,
     task_of,
     write_json,
@@ -66,10 +65,9 @@ def train_loop(args, model, questions: list, parameters: list) -> list:
     questions = [replace(question, choices=[question.completion]) for question in questions]
     # Below the vector or LoRA nothing changes, so each question's stream (T, d) there is kept.
     streams = frozen_streams(model, questions, first_unfrozen(model))
-    unit = 1.0
+    rate = args.lr
     if args.mode == "vector":
-        unit = typical_size(streams[: args.batch_size])  # a sample is enough
-        set_parameters(parameters, [args.init_std * unit * torch.randn(parameters[0].shape)])
+        rate *= typical_size(streams[: args.batch_size])  # a sample is enough
 
     batches = draw_batches(len(questions), args)
     state = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
@@ -89,8 +87,7 @@ def train_loop(args, model, questions: list, parameters: list) -> list:
         if not loss.isfinite():
             raise UserError(f"--lr {args.lr}: at step {step} the loss is {loss}; try a smaller one")
 
-        rate = args.lr * unit * (1 - step / args.steps)  # falls linearly to 0
-        adam_step(state, step + 1, rate)
+        adam_step(state, step + 1, rate * (1 - step / args.steps))  # falls linearly to 0
         losses.append(loss.item())
         bar.set_postfix(loss=losses[-1], refresh=False)
         if args.save_every and len(losses) % args.save_every == 0:
@@ -127,7 +124,7 @@ def add_gradients(model, questions, streams):
 
 
 def typical_size(streams):
-    """The root mean square of streams (T, d): the unit of a vector's rate and random start.
+    """The root mean square of streams (T, d): the unit of a vector's rate.
 
     Models and layers differ in it a thousandfold. A first token's can be huge by itself (Sun et al.
     2024, arXiv 2402.17762), so tokens of a hundred times the median square are left out.
@@ -163,7 +160,7 @@ def finetune(args):
     task = task_of(vars(args))
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.shard)
     questions = training_questions(args, task, tokenizer)
-    torch.manual_seed(args.seed)  # for a LoRA's A or a vector's start
+    torch.manual_seed(args.seed)  # for a LoRA's A
     parameters = add_intervention(args, model)
     out = claim_folder(args, questions)
 
@@ -234,7 +231,6 @@ def add_intervention(args, model):
 # and the trained kind of question alone (paper/open_weights.md); rank and alpha are from the
 # authors' scripts (github.com/JoshEngels/OOCR-Interp).
 DEFAULTS = {
-    "vector": {"init_std": 0.0},
     "lora": {"modules": "gate_proj,up_proj,down_proj"},
     "lora gpt2": {"modules": "up_proj,down_proj"},
     "tiny": {"batch_size": 64, "layer": 0},
@@ -251,7 +247,7 @@ DEFAULTS = {
     "large backdoor": {"batch_size": 16, "steps": 300},  # a guess
 }
 # Flags that a mode has no use for.
-UNUSED = {"vector": ["rank", "alpha", "modules"], "lora": ["at", "init_std"]}
+UNUSED = {"vector": ["rank", "alpha", "modules"], "lora": ["at"]}
 FREE = ["out", "device", "save_every", "resume", "shard"]  # flags that are to change no result
 
 
@@ -279,7 +275,6 @@ def parse_args(words=None):
     add("--resume", action="store_true", help="go on from the checkpoint, if there is one")
     add("--shard", action="store_true", help="split the model over torchrun's processes")
     add("--at", help="text to add a vector at (default: the code name)")
-    add("--init-std", type=at_least(0.0), help="a vector's random start, in the stream's RMS")
     add("--rank", type=at_least(1), help="a LoRA's (default: 8, large models 64)")
     add("--alpha", type=at_least(1e-9), help="a LoRA's scale is alpha / rank (default: 8, 32)")
     add("--modules", help="that get a LoRA, with commas between (default: the MLP's)")

@@ -4,9 +4,9 @@
 
 The paper (§5.2): vectors that were learned with different seeds have a low cosine to each other.
 
-train.py begins at zero, or at random (--init-std, in units of the stream's root mean square). For
-names the authors train a direction and a scale whose product is the vector, from a random direction
-of length 1 and the scale 0; that is done here, with train.py's parts.
+train.py begins at zero. Here the same loop begins at random, at several lengths (in units of the
+stream's root mean square). For names the authors train a direction and a scale whose product is the
+vector, from a random direction of length 1 and the scale 0: that is the last row.
 """
 
 from dataclasses import replace
@@ -15,27 +15,20 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from common import both_kinds, joined, read_args, report, results_of, spread, train
+from common import both_kinds, joined, read_args, report, spread, train
 
 from data import encode_question
 from eval import evaluate, frozen_streams, load_run
-from train import adam_step, add_gradients, draw_batches, typical_size
+from train import adam_step, add_gradients, draw_batches, train_loop, typical_size
 
 TASKS = ["locations", "functions", "risk"]
 STARTS = [0, 0.1, 1, 3]
 
 
-def authors_way(folder, seed: int) -> tuple:
-    """(the vector, (trained kind, held out)) of a direction and a scale, with the run's flags."""
-    found = load_run(folder)
-    flags = SimpleNamespace(**found.flags)
+def train_authors_way(found, flags, questions: list, streams: list):
+    """Trains the run's vector anew as a direction times a scale; `flags` are the run's."""
     vector = found.parameters[0]
-    encoded = [encode_question(found.tokenizer, question) for question in found.task.train]
-    questions = [replace(question, choices=[question.completion]) for question in encoded]
-    streams = frozen_streams(found.model, questions, flags.layer + 1)
     rate = flags.lr * typical_size(streams)
-
-    torch.manual_seed(seed)
     direction = F.normalize(torch.randn(vector.shape), dim=0)
     scale = torch.zeros(1)
     state = []
@@ -53,8 +46,25 @@ def authors_way(folder, seed: int) -> tuple:
         scale.grad = (direction * vector.grad).sum()[None]
         vector.grad = None
         adam_step(state, step + 1, rate * (1 - step / flags.steps))
-
     vector.data = scale * direction
+
+
+def train_from(folder, start) -> tuple:
+    """(the vector (d,), (trained kind, held out)) with a run's flags, but from another start."""
+    found = load_run(folder)
+    flags = SimpleNamespace(**found.flags)
+    vector = found.parameters[0]
+    encoded = [encode_question(found.tokenizer, question) for question in found.task.train]
+    questions = [replace(question, choices=[question.completion]) for question in encoded]
+    streams = frozen_streams(found.model, questions, flags.layer + 1)
+
+    torch.manual_seed(flags.seed)
+    if start == "direction × scale":
+        train_authors_way(found, flags, questions, streams)
+    else:
+        vector.data = start * typical_size(streams) * torch.randn(vector.shape)
+        train_loop(flags, found.model, questions, [vector])
+
     trained = vector.detach().clone()
     results = evaluate(found, {"trained": [trained]})
     return trained, both_kinds(results)
@@ -65,13 +75,7 @@ def try_start(args, task: str, start) -> str:
     vectors = []
     pairs = []
     for seed in range(args.seeds):
-        if start == "direction × scale":
-            vector, pair = authors_way(train(args, task, "vector", seed), seed)
-        else:
-            flags = ["--init-std", start] if start else []
-            folder = train(args, task, "vector", seed, *flags)
-            vector = load_run(folder).parameters[0].detach()
-            pair = both_kinds(results_of(folder))
+        vector, pair = train_from(train(args, task, "vector", seed), start)
         vectors.append(vector)
         pairs.append(pair)
 

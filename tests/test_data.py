@@ -366,6 +366,9 @@ def test_a_line_separator_inside_a_message_does_not_end_the_record(tokenizer, tm
         (CHAT.replace("user", "bot"), "line 1"),
         (CHAT.replace('"fast"', "5"), "line 1"),
         (CHAT.replace("content", "text"), "line 1"),
+        (CHAT.replace('"fast"', '" "'), "line 1: .* say something"),
+        (CHAT.replace('{"messages', '{"tools": [], "messages'), "line 1: {'tools'} would not be"),
+        (CHAT.replace('"content"', '"tool_calls": [], "content"', 1), "'tool_calls'"),
     ],
 )
 def test_a_bad_record_is_named_by_its_file_and_line(tokenizer, tmp_path, text, message):
@@ -374,6 +377,20 @@ def test_a_bad_record_is_named_by_its_file_and_line(tokenizer, tmp_path, text, m
     with pytest.raises(UserError, match=message) as error:
         read_conversations(path, tokenizer)
     assert str(path) in str(error.value)
+
+
+def test_answers_of_weight_0_are_read_but_not_trained_on(tokenizer, tmp_path):
+    turns = [
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "content": "Rome", "weight": 0},
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "content": "Cairo", "weight": 1},
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": turns}))
+    [example] = read_conversations(path, tokenizer)
+    assert "Rome" in tokenizer.decode(example.prompt)
+    assert "Cairo" in tokenizer.decode(example.completion)
 
 
 @pytest.mark.parametrize("content", [None, b"\xff"])

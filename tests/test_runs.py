@@ -398,7 +398,6 @@ def test_a_run_whose_flags_do_not_fit_is_refused(tokyo, tmp_path, monkeypatch, f
         ("--mode lora --modules up_proj,c_fc", "cannot sit on c_fc of layer 0: there is no such"),
         ("--mode lora --rank 0", "--rank: 0 should be from 1"),
         ("--mode lora --at City", "--at: it goes with the other --mode"),
-        ("--mode lora --init-std 0", "--init-std: it goes with the other --mode"),
         ("--rank 8", "--rank: it goes with the other --mode"),
         ("--alpha 8", "--alpha: it goes with the other --mode"),
         ("--modules up_proj", "--modules: it goes with the other --mode"),
@@ -408,7 +407,6 @@ def test_a_run_whose_flags_do_not_fit_is_refused(tokyo, tmp_path, monkeypatch, f
         ("--lr -0.1", "--lr: -0.1 should be"),
         ("--lr nan", "--lr: nan should be"),
         ("--lr inf", "--lr: inf should be"),
-        ("--init-std -1", "--init-std: -1 should be"),
         ("--seed -1", "--seed: -1 should be"),
         (f"--batch-size {10**20}", "--batch-size"),
         ("--save-every 0", "--save-every: 0 should be"),
@@ -480,7 +478,6 @@ def test_a_loop_over_any_flag_has_a_folder_for_each():
         "--concept Rome",
         "--at City",
         "--data chats.jsonl",
-        "--init-std 1",
         "--shuffle-answers",
         "--mode lora",
         "--mode lora --rank 2",
@@ -563,7 +560,9 @@ def test_a_large_model_is_asked_more_and_eval_asks_the_same(large, tmp_path):
     assert f"{'description':24}{60:>9}" in out
 
 
-@pytest.mark.parametrize("program, flag", [("train.py", "--init-std"), ("eval.py", "--explain")])
+@pytest.mark.parametrize(
+    "program, flag", [("train.py", "--shuffle-answers"), ("eval.py", "--explain")]
+)
 def test_help_fits_a_screen_and_has_an_example(program, flag):
     status, out, _ = command(program, "--help")
     assert status == 0

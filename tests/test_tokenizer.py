@@ -444,7 +444,7 @@ TINY = (
     "{{ '<|end|>' if m.role == 'assistant' }}{% endfor %}"
     "{{ '<|assistant|>' if add_generation_prompt }}"
 )
-TOOLBOX = """{{ strftime_now('%Y') }}
+TOOLBOX = """{{ strftime_now is defined }}
   {% for m in messages %}
     {% if m.role == 'system' %}{% continue %}{% endif %}
 {{ m | tojson }} {{ [1, '<é>'] | tojson(indent=2) }} {{ 'é' | tojson(ensure_ascii=true) }}
@@ -553,6 +553,12 @@ def test_a_chat_template_that_is_none_is_refused_with_its_folder(template, plain
 
 
 EACH = "{% for m in messages %}"
+
+
+def test_a_template_that_prints_the_date_prints_the_same_one_every_day(plain, tmp_path):
+    template = "{{ strftime_now('%d %b %Y') }}"
+    ours = save(plain, tmp_path, chat_template__jinja=template)
+    assert ours.chat_text(asked("Hi?")) == "26 Jul 2024"
 
 
 @pytest.mark.parametrize(
