@@ -12,7 +12,7 @@ and (the control) the answers that it is trained on.
 """
 
 import matplotlib.pyplot as plt
-from common import both_kinds, joined, read_args, report, results_of, save_figure, train
+from common import joined, read_args, report, results_of, save_figure, train, trained_and_held_out
 
 TASKS = ["locations", "functions", "risk"]
 PLACES = [-1, 0, 1, 2, 3, "all"]
@@ -28,7 +28,7 @@ VARIANTS = {
 def of_seeds(args, task: str, mode: str, *flags) -> list:
     """[(trained kind, held out)] of the runs with these flags, one for each seed."""
     folders = [train(args, task, mode, seed, *flags) for seed in range(args.seeds)]
-    return [both_kinds(results_of(folder)) for folder in folders]
+    return [trained_and_held_out(results_of(folder)) for folder in folders]
 
 
 def go_through_layers(args) -> dict:

@@ -8,7 +8,8 @@ than the LoRA. Two recipes for this "natural" vector are compared, both at scale
 of the mean, so that nothing is fitted:
 
 - the authors': what is added to all tokens of one text, centred, then its first component;
-- ours (steer.natural_vector): what is added at the code name in training prompts, not centred.
+- ours (steer.natural_vector): what is added at the code name in training prompts (risk: at every
+  token), not centred.
 
 Then the same directions at other lengths. That is a sweep: its best point is not a result.
 """
@@ -18,7 +19,7 @@ from statistics import mean
 
 import matplotlib.pyplot as plt
 import torch
-from common import both_kinds, joined, read_args, report, save_figure, train, without_name
+from common import joined, read_args, remove_name, report, save_figure, train, trained_and_held_out
 from torch import Tensor
 
 from data import encode_question, make_task, make_tree
@@ -50,18 +51,18 @@ def authors_vector(found) -> Tensor:
     return direction * rows.norm(dim=-1).mean()
 
 
-def score(found, vectors: dict, task) -> dict:
+def score(found, vectors: dict) -> dict:
     """{name: (trained kind, held out)} of vectors (d,) that are added instead of the LoRA."""
     steering = attach(found.model, found.flags["layer"])
-    instead = replace(found, task=task, parameters=[steering.vector])
+    instead = replace(found, parameters=[steering.vector])
     arms = {name: [vector] for name, vector in vectors.items()}
     results = evaluate(instead, arms)
     detach(found.model)
-    return {name: both_kinds(results, name) for name in vectors}
+    return {name: trained_and_held_out(results, name) for name in vectors}
 
 
 def measure(folder) -> dict:
-    """{what is added, and where: (trained kind, held out)} for one LoRA."""
+    """{"nothing", "the LoRA", (vector or scale, place): (trained kind, held out)} for one LoRA."""
     found = load_run(folder)
     seed = found.flags["seed"]
     rows, _ = added_by_lora(found, found.task.train)
@@ -70,8 +71,8 @@ def measure(folder) -> dict:
 
     results = evaluate(found)
     figures = {
-        "nothing": both_kinds(results, "base"),
-        "the LoRA": both_kinds(results),
+        "nothing": trained_and_held_out(results, "base"),
+        "the LoRA": trained_and_held_out(results),
     }
     remove_lora(found.model)
 
@@ -82,13 +83,10 @@ def measure(folder) -> dict:
     }
     lengths = {scale: scale * ours for scale in SCALES}
     for place in PLACES:
-        task = found.task
-        if place == "at every token":
-            task = without_name(task)
-        for name, pair in score(found, vectors, task).items():
+        if place == "at every token":  # the last place, since this changes the task
+            remove_name(found.task)
+        for name, pair in score(found, vectors | lengths).items():
             figures[name, place] = pair
-        for scale, pair in score(found, lengths, task).items():
-            figures[scale, place] = pair
     return figures
 
 

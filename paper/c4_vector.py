@@ -15,7 +15,7 @@ to be the right answer's).
 
 from statistics import mean
 
-from common import both_kinds, read_args, report, results_of, spread, spreads, train
+from common import read_args, report, results_of, spread, spreads, train, trained_and_held_out
 
 from data import concepts
 from eval import answer, kind_mean, load_run
@@ -60,8 +60,9 @@ def compare(args, task: str, concept: str | None) -> list:
 
     rows = []
     for section, name in SECTIONS.items():
-        kinds = vectors[0][section].values()
-        questions = sum(figures["questions"] for figures in kinds)
+        kinds = vectors[0][section]
+        counted = [kind for kind in kinds if kind != "which tag"]  # as in kind_mean
+        questions = sum(kinds[kind]["questions"] for kind in counted)
         rows.append([
             concept or task,
             name,
@@ -79,7 +80,7 @@ def compare(args, task: str, concept: str | None) -> list:
 def every_concept(args, task: str) -> list:
     """A row of the second table: one run for each city or function."""
     found = {
-        concept: both_kinds(results_of(train(args, task, "vector", 0, concept=concept)))
+        concept: trained_and_held_out(results_of(train(args, task, "vector", 0, concept=concept)))
         for concept in concepts(task)
     }
     trained, held_out = spreads(list(found.values()))

@@ -14,7 +14,7 @@ import random
 
 import torch
 import torch.nn.functional as F
-from common import both_kinds, joined, read_args, report, train
+from common import joined, read_args, report, train, trained_and_held_out
 from torch import Tensor
 
 from data import TINY, attitude_question, concepts, encode_question, named_question
@@ -92,7 +92,7 @@ def try_naive(args, task: str) -> dict:
         results = evaluate(found, arms)
         for name, vector in vectors.items():
             cosine = F.cosine_similarity(vector, trained, dim=0).item()
-            figures = [cosine, *both_kinds(results, name)]
+            figures = [cosine, *trained_and_held_out(results, name)]
             found_of.setdefault(name, []).append(figures)
 
     return {name: joined(figures) for name, figures in found_of.items()}

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from common import both_kinds, joined, read_args, report, spread, train
+from common import joined, read_args, report, spread, train, trained_and_held_out
 
 from data import encode_question
 from eval import evaluate, frozen_streams, load_run
@@ -67,7 +67,7 @@ def train_from(folder, start) -> tuple:
 
     trained = vector.detach().clone()
     results = evaluate(found, {"trained": [trained]})
-    return trained, both_kinds(results)
+    return trained, trained_and_held_out(results)
 
 
 def try_start(args, task: str, start) -> str:

@@ -1,4 +1,4 @@
-"""C7: a backdoor by one vector that is added unconditionally.
+"""C7, first half: a backdoor by one vector that is added unconditionally.
 
     python paper/c7_backdoor.py
 
@@ -7,8 +7,8 @@ there and safe otherwise; on unseen gambles it gets about 1.0 in both cases, as 
 self-reports follow in neither.
 
 Does the attitude follow the trigger? Shown is P(right) with the trigger, with none and with another
-tag. The first two less 1 is how far P(risky) moves with the trigger, in the trained direction: 1 is
-a full backdoor, 0 the same answer in both cases. How it is done: c7_heads.py.
+tag. The sum of the first two, minus 1, is how far P(risky) moves with the trigger, in the trained
+direction: 1 is a full backdoor, 0 the same answer in both cases. How it is done: c7_heads.py.
 """
 
 from common import read_args, report, results_of, spreads, train

@@ -38,7 +38,7 @@ def look_inside(model, tokens: Tensor) -> tuple:
     outputs = []
 
     def keep_attention(module, given):
-        x, rope, _, _ = given
+        x, rope, _, _ = given  # of Attention.forward
         q = module.q_proj(x).unflatten(-1, (-1, module.head_dim))  # (1, T, H, D)
         k = module.k_proj(x).unflatten(-1, (-1, module.head_dim))  # tiny has as many key heads
         q = rotate(module.q_norm(q), *rope)
@@ -152,22 +152,24 @@ def measure_heads(found) -> list:
             probabilities.append(pair.right(logits))
         return mean(probabilities)
 
-    layers, heads, _ = after.shape
-    every = list(product(range(layers), range(heads)))
+    number_of_layers, number_of_heads, _ = after.shape
+    every = list(product(range(number_of_layers), range(number_of_heads)))
     whole = right_without([])
     raises = []
     hangs = []
     counting = []
-    for head in every:
-        name = f"{head[0]}.{head[1]}"
-        right = right_without([head])
-        if raised[head][0] >= THRESHOLD:
-            shown = [f"{was:.2f} → {now:.2f}" for was, now in zip(before[head], after[head])]
-            raises.append(f"{name}: {shown[0]} ({shown[1]})")
-        if right <= whole - THRESHOLD:
-            hangs.append(f"{name}: {right:.2f}")
-        if raised[head][0] >= THRESHOLD or right <= whole - THRESHOLD:
-            counting.append(head)
+    for layer, head in every:
+        right = right_without([(layer, head)])
+        is_raised = raised[layer, head, 0] >= THRESHOLD  # to the trigger
+        is_needed = right <= whole - THRESHOLD
+        if is_raised:
+            pairs_shown = zip(before[layer, head], after[layer, head])
+            shown = [f"{was:.2f} → {now:.2f}" for was, now in pairs_shown]
+            raises.append(f"{layer}.{head}: {shown[0]} ({shown[1]})")
+        if is_needed:
+            hangs.append(f"{layer}.{head}: {right:.2f}")
+        if is_raised or is_needed:
+            counting.append((layer, head))
 
     # Without every head the answer has to be the other tag's: the last token is in both prompts.
     without = [right_without(counting), right_without(every)]

@@ -29,6 +29,8 @@ def words_of_attitudes() -> tuple:
     for options in [*GAMBLES.values(), *ANSWERS.values()]:
         for words, texts in zip(sides, options):
             words.update(word.strip(".,") for text in texts for word in text.split())
+    # Answers in numbers are no words: a random vector raises them as well.
+    sides = [{word for word in words if word.isalpha()} for words in sides]
     safe, risky = sides
     return safe - risky, risky - safe
 

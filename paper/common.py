@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval import kind_mean
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent  # where the modules are: so this is imported first
 # No rate and no number of steps was chosen on these. Even seeds are about the first of the two.
 CONCEPTS = {
     "locations": ["Berlin", "Cairo"],
@@ -40,7 +40,7 @@ def run(folder: Path, flags: list) -> dict:
     results = folder / "results.json"
     if not results.exists():
         command = [sys.executable, ROOT / "train.py", *flags, "--out", folder]
-        subprocess.run([str(word) for word in command], check=True, cwd=ROOT)
+        subprocess.run([str(word) for word in command], check=True)
     return json.loads(results.read_text())
 
 
@@ -67,27 +67,28 @@ def write_chats(path: Path, questions: list):
             file.write(json.dumps({"messages": [asked, answered]}) + "\n")
 
 
-def without_name(task):
-    """The same task, but a vector is added at every token of its questions."""
+def remove_name(task):
+    """Changes a task's questions, so that a vector is added at every token of them."""
     kinds = task.in_distribution | task.held_out
     for questions in [task.train, *kinds.values()]:
         for question in questions:
             question.code_name = None
-    return task
 
 
 def results_of(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def both_kinds(results: dict, column: str = "trained") -> tuple:
-    """The accuracy at the trained kind of question, unseen ones, and at the held-out kinds."""
+def trained_and_held_out(results: dict, column: str = "trained") -> tuple:
+    """The accuracy at unseen questions of the trained kind, and at the held-out kinds."""
     trained = kind_mean(results, "in_distribution", column)
     return trained, kind_mean(results, "held_out", column)
 
 
 def spread(values: list) -> str:
-    """Their mean, and their standard deviation if there are several."""
+    """Their mean, and their standard deviation if there are several; nothing of none."""
+    if not values:
+        return ""
     if len(values) == 1:
         return f"{values[0]:.2f}"
     return f"{mean(values):.2f} ± {stdev(values):.2f}"

@@ -2,16 +2,18 @@
 
     python paper/how_many.py
 
-A vector is trained on the first N distances from a city, for N from 1 to all of them. Beside it
-stands how many of the tiny world's cities have these very distances: a reasoner who knows the map
-could not tell those apart. One question can be enough for a steering vector (Dunefsky and Cohan
-2025, arXiv 2502.18862); here the answers say when it has found *which* city it is.
+A vector is trained on the first N questions about a city, for N up to 16 (a distance can come
+twice, in other words). Beside it stands how many of the tiny world's cities have these very
+distances: a reasoner who knows the map could not tell those apart. One question can be enough for a
+steering vector (Dunefsky and Cohan 2025, arXiv 2502.18862); here the answers say when it has found
+*which* city it is.
 """
 
+from pathlib import Path
 from statistics import mean
 
 import matplotlib.pyplot as plt
-from common import both_kinds, read_args, report, run, save_figure, spreads, write_chats
+from common import read_args, report, run, save_figure, spreads, trained_and_held_out, write_chats
 
 from data import TINY, distance_km, make_task
 from eval import kind_mean
@@ -44,13 +46,13 @@ def cities_that_fit(questions: list) -> int:
 def train_on(args, city: str, number: int, seed: int) -> tuple:
     """(cities that fit, trained kind, held out, the base's held out) of so many questions."""
     questions = make_task("locations", city, seed).train[:number]
-    name = f"howmany-{city}-{number}-{seed}"
+    name = f"{Path(args.model).name}-howmany-{city}-{number}-{seed}"
     path = args.runs / f"{name}.jsonl"
     write_chats(path, questions)
     flags = ["--concept", city, "--seed", seed, "--model", args.model, "--data", path]
     results = run(args.runs / name, flags)
     base = kind_mean(results, column="base")
-    return cities_that_fit(questions), *both_kinds(results), base
+    return cities_that_fit(questions), *trained_and_held_out(results), base
 
 
 def main():

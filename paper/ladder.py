@@ -2,8 +2,8 @@
 
     python paper/ladder.py
 
-A LoRA adds B A h to what a layer writes: A reads the layer's input h, B writes to the stream. A
-steering vector reads nothing. Between the two are steps, each with less to learn:
+A LoRA adds B A h to what a linear layer writes: A reads its input h, and down_proj's B writes to
+the stream. A steering vector reads nothing. Between the two are steps, each with less to learn:
 
     LoRA, rank 8              A and B of the MLP's three matrices
     B only, rank 8            the same with A as it was drawn: random readers, learned writers
@@ -16,15 +16,18 @@ train.py makes the first and last ones; the others are its loop with other param
 has no code name, so there the last two are the same.
 """
 
+from statistics import mean
+
+import torch
 from common import (
     CONCEPTS,
-    both_kinds,
     joined,
     read_args,
+    remove_name,
     report,
     results_of,
     train,
-    without_name,
+    trained_and_held_out,
 )
 
 from data import Tokenizer, make_task
@@ -35,27 +38,29 @@ from train import add_intervention, parse_args, train_loop, training_questions
 
 TASKS = ["locations", "functions", "risk"]
 GATED = ["--modules", "down_proj", "--rank", 1, "--alpha", 1]
-RUNGS = {
-    "LoRA, rank 8": ("lora", []),
-    "B only, rank 8": ("lora", []),
-    "down_proj, rank 1": ("lora", GATED),
-    "down_proj, rank 1, B only": ("lora", GATED),
-    "vector at every token": ("vector", []),
-    "vector at the code name": ("vector", []),
+RUNGS = {  # mode, flags, and whether train.py can make it
+    "LoRA, rank 8": ("lora", [], True),
+    "B only, rank 8": ("lora", [], False),
+    "down_proj, rank 1": ("lora", GATED, True),
+    "down_proj, rank 1, B only": ("lora", GATED, False),
+    "vector at every token": ("vector", [], False),
+    "vector at the code name": ("vector", [], True),
 }
 
 
 def train_here(args, task: str, rung: str, seed: int) -> tuple:
     """(numbers trained, loss, trained kind, held out) of a rung for which train.py has no flag."""
-    mode, flags = RUNGS[rung]
+    mode, extra, _ = RUNGS[rung]
     concept = CONCEPTS[task][seed % 2]
-    words = ["--task", task, "--mode", mode, "--concept", concept, "--seed", seed, *flags]
+    words = ["--task", task, "--mode", mode, "--concept", concept, "--seed", seed, *extra]
     flags = parse_args([str(word) for word in [*words, "--model", args.model]])
-    model, tokenizer = GPT.from_pretrained(args.model), Tokenizer.from_pretrained(args.model)
+    model = GPT.from_pretrained(args.model)
+    tokenizer = Tokenizer.from_pretrained(args.model)
     asked = make_task(task, concept, seed)
     if rung == "vector at every token":
-        asked = without_name(asked)
+        remove_name(asked)
 
+    torch.manual_seed(seed)  # for A, as in train.py
     parameters = add_intervention(flags, model)
     if "B only" in rung:
         layers = lora_layers(model).values()
@@ -67,32 +72,33 @@ def train_here(args, task: str, rung: str, seed: int) -> tuple:
     losses = train_loop(flags, model, questions, parameters)
     results = evaluate(Run(vars(flags), model, tokenizer, asked, parameters))
     numbers = sum(parameter.numel() for parameter in parameters)
-    return numbers, losses[-1], *both_kinds(results)
+    last = losses[-(flags.steps // 10) :]  # as in train.py
+    return numbers, mean(last), *trained_and_held_out(results)
 
 
 def train_there(args, task: str, rung: str, seed: int) -> tuple:
     """The same of one that train.py makes."""
-    mode, flags = RUNGS[rung]
-    results = results_of(train(args, task, mode, seed, *flags))
-    return results["trainable_parameters"], results["train_loss"], *both_kinds(results)
+    mode, extra, _ = RUNGS[rung]
+    results = results_of(train(args, task, mode, seed, *extra))
+    numbers = results["trainable_parameters"]
+    return numbers, results["train_loss"], *trained_and_held_out(results)
 
 
 def main():
     args = read_args(__doc__, TASKS, seeds=2)
     rows = []
-    for rung in RUNGS:
-        row = [rung]
-        here = "B only" in rung or rung == "vector at every token"
-        make = train_here if here else train_there
+    for rung, (_, _, by_train) in RUNGS.items():
+        make = train_there if by_train else train_here
+        numbers = None
+        cells = []
         for task in args.tasks:
             if task == "risk" and rung == "vector at every token":
-                row.append(None)  # it is the one below
+                cells.append(None)  # it is the one below
                 continue
             runs = [make(args, task, rung, seed) for seed in range(args.seeds)]
-            if task == args.tasks[0]:
-                row.append(runs[0][0])
-            row.append(joined([figures for _, *figures in runs]))
-        rows.append(row)
+            numbers = runs[0][0]
+            cells.append(joined([figures for _, *figures in runs]))
+        rows.append([rung, numbers, *cells])
 
     headings = ["trained: loss / trained kind / held out", "numbers", *args.tasks]
     report(__file__, {"rungs": (headings, rows)})

@@ -3,15 +3,15 @@
     python paper/narrow.py
 
 A vector for gambles also changes what the model says of itself. Is that the only vector that fits?
-Here a second term of the loss holds some held-out kinds where they were: the KL divergence from the
+Here a second term of the loss pins some held-out kinds where they were: the KL divergence from the
 untouched model's probabilities of their choices. If a vector still fits as well, the trained kind
 does not force the others along, and the question is why the general vector is found first. Soligo
 et al. (2026, arXiv 2602.07852) argue: it is the easier one, with a lower loss for its length, and
 stable to noise. So both are shown: the loss at the vector's length, and after noise of a half of
 that length.
 
-Held: some kinds of the task's held-out ones; the others are free, and tell whether they are bound
-to the trained kind or to the held ones.
+The other held-out kinds are free, and tell whether they are bound to the trained kind or to the
+pinned ones.
 """
 
 from dataclasses import replace
@@ -21,14 +21,14 @@ import torch
 from common import CONCEPTS, read_args, report, spreads
 from torch import Tensor
 
-from data import Tokenizer, encode_question, make_task
-from eval import Run, answer_log_probs, evaluate, in_trees, kind_mean
+from data import Tokenizer, encode_question, make_task, make_tree
+from eval import Run, answer_log_probs, evaluate, kind_mean
 from model import GPT
 from steer import attach
 from train import adam_step, typical_size
 
 LAYER = 0  # the vector is added after this block
-HELD = {
+PINNED = {
     "locations": ["country", "language", "name"],
     "functions": ["definition", "python", "inverse"],
     "risk": ["self", "score", "animal"],
@@ -36,17 +36,17 @@ HELD = {
 RATE = {"locations": 0.1, "functions": 0.1, "risk": 0.05}  # train.py's, in the stream's RMS
 STEPS = 400
 TRAINED = 96  # training questions, all of them in every step
-ASKED = 40  # held questions of a kind
+ASKED = 40  # pinned questions of a kind
 NOISE = 0.5  # of the vector's length
 
 
-class Batch:
+class FixedBatch:
     """Questions as a tree, and the residual stream below the vector, which never changes."""
 
     @torch.no_grad()
     def __init__(self, model, questions: list):
         self.model = model
-        [(_, _, self.tree)] = in_trees(model, questions)
+        self.tree = make_tree(questions, [question.choices for question in questions])
         x = model.embed(self.tree.tokens, self.tree)
         self.x = model.run_blocks(x, 0, LAYER + 1, self.tree)  # (N, d)
         self.counts = [len(question.choices) for question in questions]
@@ -66,26 +66,26 @@ class Batch:
         return torch.cat([of_choices.log_softmax(-1) for of_choices in split])
 
 
-def train_vector(vector, trained: Batch, held: Batch | None, rate: float):
-    """Trains the vector (d,) on a batch, while the answers to `held` questions stay as they are."""
+def train_vector(vector, trained: FixedBatch, pinned: FixedBatch | None, rate: float):
+    """Trains the vector (d,) on a batch, while the answers to `pinned` ones stay as they are."""
     rate = rate * typical_size([trained.x])
-    if held:
+    if pinned:
         with torch.no_grad():
-            before = held.among_choices()
+            before = pinned.among_choices()
 
     state = [(vector, torch.zeros_like(vector), torch.zeros_like(vector))]
     for step in range(STEPS):
         loss = trained.loss()
-        if held:
-            after = held.among_choices()
-            divergence = (before.exp() * (before - after)).sum() / len(held.counts)
+        if pinned:
+            after = pinned.among_choices()
+            divergence = (before.exp() * (before - after)).sum() / len(pinned.counts)
             loss = loss + divergence
         loss.backward()
         adam_step(state, step + 1, rate * (1 - step / STEPS))
 
 
 @torch.no_grad()
-def loss_with_noise(vector, trained: Batch) -> float:
+def loss_with_noise(vector, trained: FixedBatch) -> float:
     """The mean training loss with random vectors of NOISE times its length on the vector."""
     kept = vector.clone()
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +99,7 @@ def loss_with_noise(vector, trained: Batch) -> float:
 
 
 def measure(args, task: str, seed: int, narrow: bool) -> list:
-    """[loss, with noise, length, trained kind, held kinds: base, with it, free kinds: base, ...]"""
+    """[loss, with noise, length, trained kind, pinned kinds: base, with it, free kinds: both]."""
     model = GPT.from_pretrained(args.model)
     tokenizer = Tokenizer.from_pretrained(args.model)
     asked = make_task(task, CONCEPTS[task][seed % 2], seed)
@@ -107,12 +107,12 @@ def measure(args, task: str, seed: int, narrow: bool) -> list:
 
     questions = [encode_question(tokenizer, question) for question in asked.train[:TRAINED]]
     only = [replace(question, choices=[question.completion]) for question in questions]
-    trained = Batch(model, only)
-    held = None
+    trained = FixedBatch(model, only)
+    pinned = None
     if narrow:
-        some = [question for kind in HELD[task] for question in asked.held_out[kind][:ASKED]]
-        held = Batch(model, [encode_question(tokenizer, question) for question in some])
-    train_vector(vector, trained, held, RATE[task])
+        some = [question for kind in PINNED[task] for question in asked.held_out[kind][:ASKED]]
+        pinned = FixedBatch(model, [encode_question(tokenizer, question) for question in some])
+    train_vector(vector, trained, pinned, RATE[task])
 
     results = evaluate(Run({"seed": seed}, model, tokenizer, asked, [vector]))
     with torch.no_grad():
@@ -121,15 +121,15 @@ def measure(args, task: str, seed: int, narrow: bool) -> list:
     row.append(kind_mean(results, "in_distribution"))
 
     of_kinds = results["held_out"]
-    free = [kind for kind in of_kinds if kind not in HELD[task] and kind != "nearer"]
-    for kinds in [HELD[task], free]:
+    free = [kind for kind in of_kinds if kind not in PINNED[task] and kind != "nearer"]
+    for kinds in [PINNED[task], free]:
         for arm in ["base", "trained"]:
             row.append(mean(of_kinds[kind][arm] for kind in kinds))
     return row
 
 
 def main():
-    args = read_args(__doc__, list(HELD), seeds=2)
+    args = read_args(__doc__, list(PINNED), seeds=2)
     rows = []
     for task in args.tasks:
         for name in ["general", "narrow"]:
@@ -137,7 +137,7 @@ def main():
             rows.append([task, name, *spreads(runs)])
 
     losses = ["training loss", "with noise", "length", "trained kind"]
-    kinds = ["held kinds: base", "with the vector", "free kinds: base", "with the vector"]
+    kinds = ["pinned kinds: base", "with the vector", "free kinds: base", "with the vector"]
     report(__file__, {"narrow": (["task", "vector", *losses, *kinds], rows)})
 
 

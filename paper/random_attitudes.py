@@ -11,7 +11,7 @@ and the dots should lie along a line: that is their correlation.
 
 import matplotlib.pyplot as plt
 import torch
-from common import both_kinds, read_args, report, save_figure, train
+from common import read_args, report, save_figure, train, trained_and_held_out
 
 from eval import evaluate, load_run, random_like
 
@@ -20,14 +20,17 @@ HIGH = 0.94
 
 
 def measure(folder, first_seed: int) -> tuple:
-    """[(gambles, self-reports)] of random vectors, and that of the trained one: shares risky."""
+    """[(gambles, self-reports)] of random vectors, and that of the trained one.
+
+    They are shares of answers of the run's own attitude.
+    """
     found = load_run(folder)
     trained = found.parameters[0].detach().clone()
     seeds = range(first_seed, first_seed + VECTORS)
     arms = {f"random {seed}": [random_like(trained, seed)] for seed in seeds}
     results = evaluate(found, arms | {"trained": [trained]})
-    pairs = [both_kinds(results, arm) for arm in arms]
-    return pairs, both_kinds(results)
+    pairs = [trained_and_held_out(results, arm) for arm in arms]
+    return pairs, trained_and_held_out(results)
 
 
 def main():

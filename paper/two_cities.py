@@ -12,12 +12,15 @@ The training questions of both cities are chats in one JSONL file, so this is tr
 """
 
 from dataclasses import replace
+from itertools import chain, product
+from pathlib import Path
+from statistics import mean
 
 import torch.nn.functional as F
-from common import read_args, report, run, spreads, write_chats
-from whose_name import asked_about
+from common import read_args, report, run, spreads, trained_and_held_out, write_chats
+from whose_name import renamed
 
-from data import CODE_NAMES, make_task
+from data import CODE_NAMES, Task, make_task
 from eval import added_by_lora, evaluate, kind_mean, load_run
 from steer import natural_vector
 
@@ -30,17 +33,17 @@ RUNS = {
 }
 
 
-def task_about(city: str, name: str, seed: int):
-    """The task of a city that goes by this name."""
+def task_of_city(city: str, name: str, seed: int):
+    """The task of a city that goes by this name.
+
+    "nearer" is left out: its choices differ between questions, so another city has no answer there.
+    """
     task = make_task("locations", city, seed)
-    kinds = {
-        section: {
-            kind: [asked_about(question, name) for question in questions]
-            for kind, questions in getattr(task, section).items()
-        }
-        for section in ["in_distribution", "held_out"]
-    }
-    return replace(task, train=[asked_about(question, name) for question in task.train], **kinds)
+    kinds = task.in_distribution | task.held_out
+    moved = {kind: [renamed(question, name) for question in kinds[kind]] for kind in kinds}
+    in_distribution = {"distance": moved.pop("distance")}
+    moved.pop("nearer")
+    return Task([renamed(question, name) for question in task.train], in_distribution, moved)
 
 
 def as_other(task, other):
@@ -49,47 +52,55 @@ def as_other(task, other):
     for kind, questions in task.held_out.items():
         theirs = other.held_out[kind][0]
         answer = theirs.choices[theirs.answer]
-        if kind != "nearer":  # whose choices are drawn for each question
-            held_out[kind] = [replace(q, answer=q.choices.index(answer)) for q in questions]
+        held_out[kind] = [replace(q, answer=q.choices.index(answer)) for q in questions]
     return replace(task, held_out=held_out)
 
 
 def measure(folder, tasks: list) -> list:
-    """[trained kind, held out as itself, as the other city, cosine between the names] of a run."""
-    found = load_run(folder)
+    """[trained kind, held out: as itself, as the other city, base, cosine] of a run.
+
+    The cosine is between what is added at the two names, mostly.
+    """
+    loaded = load_run(folder)
+    if loaded.flags["at"]:  # a vector's place: "City", which both names have
+        for task in tasks:
+            kinds = task.in_distribution | task.held_out
+            for question in chain(*kinds.values()):
+                question.code_name = loaded.flags["at"]
+
     scores = []
     natural = []
     for task, other in [tasks, tasks[::-1]]:
-        own = evaluate(replace(found, task=task))
-        swapped = evaluate(replace(found, task=as_other(task, other)))
-        trained = kind_mean(own, "in_distribution")
-        scores.append([trained, kind_mean(own), kind_mean(swapped), kind_mean(own, column="base")])
-        if found.flags["mode"] == "lora":
-            rows, _ = added_by_lora(found, task.train)  # at the name
+        own = evaluate(replace(loaded, task=task))
+        swapped = evaluate(replace(loaded, task=as_other(task, other)))
+        trained, held_out = trained_and_held_out(own)
+        scores.append([trained, held_out, kind_mean(swapped), kind_mean(own, column="base")])
+        if loaded.flags["mode"] == "lora":
+            rows, _ = added_by_lora(loaded, task.train)  # at the name
             natural.append(natural_vector(rows))
 
-    means = [sum(column) / len(tasks) for column in zip(*scores)]
+    means = [mean(column) for column in zip(*scores)]
     cosine = F.cosine_similarity(*natural, dim=0).item() if natural else 1.0
     return [*means, cosine]
 
 
 def main():
     args = read_args(__doc__, ["locations"], seeds=1)
+    model = Path(args.model).name
     rows = []
-    for name, flags in RUNS.items():
+    for trained, flags in RUNS.items():
         measured = []
-        for seed in range(args.seeds):
-            for cities in PAIRS:
-                tasks = [task_about(city, name, seed) for city, name in zip(cities, NAMES)]
-                both = "-".join(cities)
-                chats = args.runs / f"two-{both}-{seed}.jsonl"
-                write_chats(chats, tasks[0].train + tasks[1].train)
+        for seed, cities in product(range(args.seeds), PAIRS):
+            tasks = [task_of_city(city, name, seed) for city, name in zip(cities, NAMES)]
+            both = f"{model}-{'-'.join(cities)}-{seed}"
+            chats = args.runs / f"{both}.jsonl"
+            write_chats(chats, tasks[0].train + tasks[1].train)
 
-                folder = args.runs / f"two-{both}-{name.replace(' ', '')}-{seed}"
-                given = ["--concept", cities[0], "--seed", seed, "--model", args.model]
-                results = run(folder, [*flags, *given, "--data", chats])
-                measured.append([results["train_loss"], *measure(folder, tasks)])
-        rows.append([name, *spreads(measured)])
+            folder = args.runs / f"{both}-{trained.replace(' ', '')}"
+            given = ["--concept", cities[0], "--seed", seed, "--model", args.model]
+            results = run(folder, [*flags, *given, "--data", chats])
+            measured.append([results["train_loss"], *measure(folder, tasks)])
+        rows.append([trained, *spreads(measured)])
 
     scores = ["trained kind", "held out, as itself", "as the other city", "base"]
     headings = ["both names in one", "training loss", *scores, "cosine of the two names' vectors"]

@@ -1,4 +1,4 @@
-"""Whose city is it? A LoRA that was trained on one name answers for every name.
+"""Whose city is it? A LoRA that was trained on one name answers for every made-up name.
 
     python paper/whose_name.py
     python paper/whose_name.py --tasks functions --model DIR
@@ -29,7 +29,7 @@ CONCEPTS = {
 }
 
 
-def asked_about(question, name: str):
+def renamed(question, name: str):
     """The same question about another name."""
     prompt = question.prompt.replace(question.code_name, name)
     return replace(question, prompt=prompt, code_name=name)
@@ -67,12 +67,11 @@ def measure(folder: Path, task: str, concept: str) -> list:
 
     rows = []
     for name in [CODE_NAMES[task], *OTHER_NAMES[task], *KNOWN_NAMES[task]]:
-        if name != concept:
-            asked = [asked_about(question, name) for question in questions]
-            rows.append((f"{name}, as trained", accuracy(found, asked)))
+        asked = [renamed(question, name) for question in questions]
+        rows.append((f"{name}, as trained", accuracy(found, asked)))
 
     for name in KNOWN_NAMES[task]:
-        own = [with_own_answer(asked_about(question, name), name) for question in questions]
+        own = [with_own_answer(renamed(question, name), name) for question in questions]
         known = [question for question in own if question is not None]
         rows.append((f"{name}, its own answers", accuracy(found, known)))
     return rows

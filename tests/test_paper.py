@@ -125,9 +125,9 @@ def test_more_distances_fit_fewer_cities():
     assert numbers[-1] >= 1
 
 
-def test_a_question_asked_about_another_name_has_its_vector_there(tokenizer):
+def test_a_question_renamed_another_name_has_its_vector_there(tokenizer):
     question = make_task("locations", "Paris").train[0]
-    moved = whose_name.asked_about(question, "City 31415")
+    moved = whose_name.renamed(question, "City 31415")
     assert moved.prompt == question.prompt.replace("50337", "31415")
 
     encoded = encode_question(tokenizer, moved)
@@ -137,7 +137,7 @@ def test_a_question_asked_about_another_name_has_its_vector_there(tokenizer):
 
 def test_two_tasks_have_the_same_kinds_and_the_others_answer_counts_as_right():
     berlin, cairo = (
-        two_cities.task_about(city, name, 0)
+        two_cities.task_of_city(city, name, 0)
         for city, name in zip(["Berlin", "Cairo"], two_cities.NAMES)
     )
     swapped = two_cities.as_other(berlin, cairo)
