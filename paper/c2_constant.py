@@ -1,19 +1,22 @@
-"""C2: what a LoRA adds to the residual stream is nearly the same vector at every token.
+"""C2: what a LoRA adds to the residual stream is nearly one direction at every token.
 
     python paper/c2_constant.py
 
 The paper (§4.2): what a one-layer LoRA adds at any two tokens has a cosine near one in absolute
 value, in training examples and in unrelated text. Here it is measured within one text at a time, at
-all of its tokens, so that no token is compared with a copy of itself in another text. The signed
-cosine says more than the absolute one: is it one vector, or one line in both directions?
+all of its tokens, so that no token is compared with a copy of itself in another text; and between
+training prompts and unrelated ones. The signed cosine says more than the absolute one: is it one
+vector, or one line in both directions? And a cosine says nothing of lengths: they stand beside it.
 
-Two nulls show how much of it comes with training at all: a LoRA that was trained on shuffled
-answers, and one with random A and B. A cosine does not depend on the length of what is added.
+Two controls show how much of it comes with training at all: a LoRA that was trained on shuffled
+answers, and one with random A and B. The training loss says what the former could learn by heart.
 """
 
 from statistics import mean
 
-from common import joined, read_args, report, spreads, train
+import torch
+from common import joined, read_args, report, results_of, spread, spreads, train
+from torch.nn.functional import normalize
 
 from data import encode_question, make_task, make_tree
 from eval import arm_values, load_run, set_parameters
@@ -21,33 +24,58 @@ from steer import constancy, what_is_added
 
 TASKS = ["locations", "functions", "risk", "backdoor"]
 TEXTS = 16  # of each kind of prompt
-FIGURES = ["cosine", "abs_cosine", "share", "norm"]
+FIGURES = [
+    "training prompts: cosine",
+    "absolute",
+    "unrelated prompts: cosine",
+    "absolute",
+    "between the two",
+    "length",
+    "its deviation / mean",
+]
 
 
-def how_constant(found, questions: list) -> dict:
-    """{figure: mean over texts, each measured by itself} of a run's LoRA as it is now."""
+def added_to(loaded, questions: list) -> list:
+    """What a run's LoRA, as it is now, adds to each text: (T, d)."""
     texts = []
     for question in questions[:TEXTS]:
-        tree = make_tree([encode_question(found.tokenizer, question)])
-        layer = found.flags["layer"]
-        rows = what_is_added(found.model, found.parameters, layer, tree.tokens, tree)  # (T, d)
-        texts.append(constancy(rows))
-    return {name: mean(text[name] for text in texts) for name in FIGURES}
+        tree = make_tree([encode_question(loaded.tokenizer, question)])
+        layer = loaded.flags["layer"]
+        rows = what_is_added(loaded.model, loaded.parameters, layer, tree.tokens, tree)
+        texts.append(rows)
+    return texts
+
+
+def how_constant(loaded, unrelated: list) -> list:
+    """The FIGURES. A cosine within a text is a mean over texts, each measured by itself."""
+    figures = []
+    directions = []
+    for questions in [loaded.task.train, unrelated]:
+        texts = added_to(loaded, questions)
+        for name in ["cosine", "abs_cosine"]:
+            figures.append(mean(constancy(rows)[name] for rows in texts))
+        directions.append(normalize(torch.cat(texts), dim=-1).mean(0))
+        if questions is loaded.task.train:
+            lengths = torch.cat(texts).norm(dim=-1)
+
+    # The mean cosine of every token of one kind of prompt with every one of the other.
+    between = directions[0] @ directions[1]
+    deviation = lengths.std() / lengths.mean()
+    return [*figures, between.item(), lengths.mean().item(), deviation.item()]
 
 
 def measure(folder) -> dict:
-    """{"trained" or "random": {prompts: figures}} of a run's LoRA, and of random A and B."""
-    found = load_run(folder)
+    """{"trained" or "random": figures} of a run's LoRA, and of random A and B."""
+    loaded = load_run(folder)
     unrelated = make_task("locations", "Paris")
-    if found.flags["task"] == "locations":
+    if loaded.flags["task"] == "locations":
         unrelated = make_task("functions", "add 5")
-    asked = {"training": found.task.train, "unrelated": unrelated.train}
 
     measured = {}
-    for arm, values in arm_values(found.parameters, found.flags["seed"]).items():
+    for arm, values in arm_values(loaded.parameters, loaded.flags["seed"]).items():
         if arm != "base":  # which adds nothing
-            set_parameters(found.parameters, values)
-            measured[arm] = {prompts: how_constant(found, some) for prompts, some in asked.items()}
+            set_parameters(loaded.parameters, values)
+            measured[arm] = how_constant(loaded, unrelated.train)
     return measured
 
 
@@ -57,31 +85,33 @@ def compare_with_nulls(args) -> list:
     for task in args.tasks:
         of_lora = {"trained": [], "shuffled answers": [], "random": []}
         for seed in range(args.seeds):
-            trained = measure(train(args, task, "lora", seed))
-            shuffled = measure(train(args, task, "lora", seed, "--shuffle-answers"))
-            of_lora["trained"].append(trained["trained"])
-            of_lora["shuffled answers"].append(shuffled["trained"])
-            of_lora["random"].append(trained["random"])
+            folder = train(args, task, "lora", seed)
+            control = train(args, task, "lora", seed, "--shuffle-answers")
+            loss = results_of(folder)["train_loss"]
+            loss_of_control = results_of(control)["train_loss"]
+
+            measured = measure(folder)
+            of_lora["trained"].append([loss, *measured["trained"]])
+            of_lora["random"].append([None, *measured["random"]])
+            of_lora["shuffled answers"].append([loss_of_control, *measure(control)["trained"]])
 
         for lora, runs in of_lora.items():
-            row = [task, lora]
-            for prompts in ["training", "unrelated"]:
-                row += spreads([[one[prompts][name] for name in FIGURES] for one in runs])
-            rows.append(row)
+            losses = [run[0] for run in runs]
+            loss = None if lora == "random" else spread(losses)
+            rows.append([task, lora, loss, *spreads([run[1:] for run in runs])])
     return rows
 
 
 def go_through_layers(args) -> list:
     """Rows of the second table: the LoRA on each block of the model, in unrelated prompts."""
     rows = []
-    for layer in range(4):
+    for layer in range(4):  # tiny's blocks
         row = [layer]
         for task in args.tasks:
             runs = []
             for seed in range(args.seeds):
                 folder = train(args, task, "lora", seed, "--layer", layer)
-                figures = measure(folder)["trained"]["unrelated"]
-                runs.append([figures["cosine"], figures["abs_cosine"]])
+                runs.append(measure(folder)["trained"][2:4])
             row.append(joined(runs))
         rows.append(row)
     return rows
@@ -89,11 +119,8 @@ def go_through_layers(args) -> list:
 
 def main():
     args = read_args(__doc__, TASKS, seeds=2)
-    names = ["cosine", "absolute", "share", "norm"]
-    training = [f"training: {name}" for name in names]
-    unrelated = [f"unrelated: {name}" for name in names]
     tables = {
-        "nulls": (["task", "LoRA", *training, *unrelated], compare_with_nulls(args)),
+        "nulls": (["task", "LoRA", "training loss", *FIGURES], compare_with_nulls(args)),
         "layers": (["layer: cosine / absolute", *args.tasks], go_through_layers(args)),
     }
     report(__file__, tables)

@@ -105,6 +105,7 @@ def draw(swept: dict):
         panel.set(xscale="log", title=task)
         panel.set_xlabel("length, 1 is what the LoRA adds")
         panel.set_xticks(SCALES, [f"{scale:g}" for scale in SCALES])
+        panel.minorticks_off()
 
     panels[0, 0].set_ylabel("held out, accuracy")
     panels[0, -1].legend(fontsize=8)

@@ -17,25 +17,35 @@ from statistics import mean
 
 from common import read_args, report, results_of, spread, spreads, train, trained_and_held_out
 
-from data import concepts
+from data import ANSWERS, concepts
 from eval import answer, kind_mean, load_run
 
 TASKS = ["locations", "functions", "risk", "backdoor"]
-ASKED = 6  # greedy answers of a kind
+ASKED = 12  # prompts of a kind, at most
 SECTIONS = {"in_distribution": "trained kind", "held_out": "held out"}
 
 
+def right_answers(question) -> list:
+    """What counts as right without choices: for an attitude any answer of the right side."""
+    right = question.choices[question.answer]
+    for answers in ANSWERS.get(question.kind, []):  # of the safe side, of the risky side
+        if right in answers:
+            return answers
+    return [right]
+
+
 def greedy(folder) -> float:
-    """The share of right greedy answers, a mean over held-out kinds."""
-    found = load_run(folder)
+    """The share of right greedy answers, a mean over held-out kinds; each prompt is asked once."""
+    loaded = load_run(folder)
     of_kinds = []
-    for kind, questions in found.task.held_out.items():
+    for kind, questions in loaded.task.held_out.items():
         if kind == "which tag":  # as in kind_mean
             continue
+        prompts = {question.prompt: question for question in questions}
         right = []
-        for question in questions[:ASKED]:
-            said = answer(found, question.prompt, question.code_name)
-            right.append(said == question.choices[question.answer])
+        for question in list(prompts.values())[:ASKED]:
+            said = answer(loaded, question.prompt, question.code_name)
+            right.append(said in right_answers(question))
         of_kinds.append(mean(right))
     return mean(of_kinds)
 

@@ -7,7 +7,8 @@ The paper (§5.2): learned vectors have a very low cosine to the naive one, a di
 
 A naive vector is the mean residual stream where the concept is known, less the mean where it is
 not: at a city's real name; at "zokifa" after seven outputs; at the last token after seven gambles.
-It is scaled to the trained vector's length and keeps its own sign.
+It is scaled to the trained vector's length, keeps its own sign, and is added where that one was: at
+the code name, or at every token.
 """
 
 import random
@@ -78,18 +79,19 @@ def naive_vectors(found) -> dict:
     }
 
 
-def try_naive(args, task: str) -> dict:
+def try_naive(args, task: str, layer: int, concept: str | None) -> dict:
     """{vector: cosine to the trained one / trained kind / held out}, instead of the trained one."""
     found_of = {}
     for seed in range(args.seeds):
-        found = load_run(train(args, task, "vector", seed))
-        trained = found.parameters[0].detach().clone()
+        folder = train(args, task, "vector", seed, "--layer", layer, concept=concept)
+        loaded = load_run(folder)
+        trained = loaded.parameters[0].detach().clone()
         vectors = {"trained": trained}
-        for name, naive in naive_vectors(found).items():
+        for name, naive in naive_vectors(loaded).items():
             vectors[name] = naive * trained.norm() / naive.norm()
 
         arms = {name: [vector] for name, vector in vectors.items()}
-        results = evaluate(found, arms)
+        results = evaluate(loaded, arms)
         for name, vector in vectors.items():
             cosine = F.cosine_similarity(vector, trained, dim=0).item()
             figures = [cosine, *trained_and_held_out(results, name)]
@@ -99,10 +101,20 @@ def try_naive(args, task: str) -> dict:
 
 
 def main():
-    args = read_args(__doc__, TASKS, seeds=4)
-    columns = [try_naive(args, task) for task in args.tasks]
-    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
-    headings = ["vector: cosine to the trained one / trained kind / held out", *args.tasks]
+    args = read_args(__doc__, TASKS, seeds=2)
+    columns = {}  # {what about: (task, concept)}; None: the seeds' own concepts
+    for task in args.tasks:
+        if task == "risk":  # apart, since a push to one side is right for one of them
+            columns |= {attitude: (task, attitude) for attitude in ["risky", "safe"]}
+        else:
+            columns[task] = (task, None)
+
+    rows = []
+    for layer in range(3):  # after tiny's last block nothing works
+        cells = [try_naive(args, task, layer, concept) for task, concept in columns.values()]
+        for name in cells[0]:
+            rows.append([layer, name, *(cell[name] for cell in cells)])
+    headings = ["layer", "vector: cosine to the trained one / trained kind / held out", *columns]
     report(__file__, {"naive": (headings, rows)})
 
 

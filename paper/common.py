@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval import kind_mean
 
 ROOT = Path(__file__).resolve().parent.parent  # where the modules are: so this is imported first
-# No rate and no number of steps was chosen on these. Even seeds are about the first of the two.
+# Even seeds are about the first of the two. No rate was chosen on these cities and functions; those
+# of risk and backdoor were, on seed 0.
 CONCEPTS = {
     "locations": ["Berlin", "Cairo"],
     "functions": ["add 7", "multiply 4"],

@@ -72,6 +72,7 @@ def main():
     panel.legend()
     panel.set(xscale="log", xlabel="training questions", ylabel="held out, accuracy")
     panel.set_xticks(NUMBERS, NUMBERS)
+    panel.minorticks_off()
     save_figure(figure, __file__)
 
     scores = ["trained kind", "held out", "base, held out"]
