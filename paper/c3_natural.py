@@ -32,17 +32,17 @@ SCALES = [0.25, 0.5, 1, 2, 4, 8]
 PLACES = {"at the code name": "tab:blue", "at every token": "tab:green"}
 
 
-def authors_vector(found) -> Tensor:
+def authors_vector(loaded) -> Tensor:
     """The first component (d,) of what the LoRA adds to one unrelated text, by the authors' recipe.
 
     Their code uses sklearn's PCA, which takes the mean away before it looks for a direction.
     """
     unrelated = make_task("locations", "Paris")
-    if found.flags["task"] == "locations":
+    if loaded.flags["task"] == "locations":
         unrelated = make_task("functions", "add 5")
-    tree = make_tree([encode_question(found.tokenizer, unrelated.train[0])])
-    layer = found.flags["layer"]
-    rows = what_is_added(found.model, found.parameters, layer, tree.tokens, tree)  # (T, d)
+    tree = make_tree([encode_question(loaded.tokenizer, unrelated.train[0])])
+    layer = loaded.flags["layer"]
+    rows = what_is_added(loaded.model, loaded.parameters, layer, tree.tokens, tree)  # (T, d)
 
     center = rows.mean(0)
     direction = torch.linalg.svd(rows - center, full_matrices=False).Vh[0]
@@ -51,30 +51,30 @@ def authors_vector(found) -> Tensor:
     return direction * rows.norm(dim=-1).mean()
 
 
-def score(found, vectors: dict) -> dict:
+def score(loaded, vectors: dict) -> dict:
     """{name: (trained kind, held out)} of vectors (d,) that are added instead of the LoRA."""
-    steering = attach(found.model, found.flags["layer"])
-    instead = replace(found, parameters=[steering.vector])
+    steering = attach(loaded.model, loaded.flags["layer"])
+    instead = replace(loaded, parameters=[steering.vector])
     arms = {name: [vector] for name, vector in vectors.items()}
     results = evaluate(instead, arms)
-    detach(found.model)
+    detach(loaded.model)
     return {name: trained_and_held_out(results, name) for name in vectors}
 
 
 def measure(folder) -> dict:
     """{"nothing", "the LoRA", (vector or scale, place): (trained kind, held out)} for one LoRA."""
-    found = load_run(folder)
-    seed = found.flags["seed"]
-    rows, _ = added_by_lora(found, found.task.train)
+    loaded = load_run(folder)
+    seed = loaded.flags["seed"]
+    rows, _ = added_by_lora(loaded, loaded.task.train)
     ours = natural_vector(rows)
-    authors = authors_vector(found)
+    authors = authors_vector(loaded)
 
-    results = evaluate(found)
+    results = evaluate(loaded)
     figures = {
         "nothing": trained_and_held_out(results, "base"),
         "the LoRA": trained_and_held_out(results),
     }
-    remove_lora(found.model)
+    remove_lora(loaded.model)
 
     vectors = {
         "authors' recipe": authors,
@@ -84,8 +84,8 @@ def measure(folder) -> dict:
     lengths = {scale: scale * ours for scale in SCALES}
     for place in PLACES:
         if place == "at every token":  # the last place, since this changes the task
-            remove_name(found.task)
-        for name, pair in score(found, vectors | lengths).items():
+            remove_name(loaded.task)
+        for name, pair in score(loaded, vectors | lengths).items():
             figures[name, place] = pair
     return figures
 

@@ -48,40 +48,40 @@ def prompt_about(task: str, thing: str, known: bool, rng) -> tuple:
 
 
 @torch.no_grad()
-def mean_stream(found, things: list, known: bool) -> Tensor:
+def mean_stream(loaded, things: list, known: bool) -> Tensor:
     """(d,): the mean after the run's layer at the question's own name, or at the last token."""
-    rng = random.Random(found.flags["seed"])
+    rng = random.Random(loaded.flags["seed"])
     rows = []
     for _ in range(PROMPTS):
-        before, question = prompt_about(found.flags["task"], rng.choice(things), known, rng)
-        encoded = encode_question(found.tokenizer, question, before)
+        before, question = prompt_about(loaded.flags["task"], rng.choice(things), known, rng)
+        encoded = encode_question(loaded.tokenizer, question, before)
         tokens = torch.tensor([encoded.prompt])
-        stop = found.flags["layer"] + 1
-        stream = found.model.run_blocks(found.model.embed(tokens), 0, stop)[0]  # (T, d)
+        stop = loaded.flags["layer"] + 1
+        stream = loaded.model.run_blocks(loaded.model.embed(tokens), 0, stop)[0]  # (T, d)
 
         places = [-1]
         if question.code_name is not None:  # the facts before it have the name, too
-            own = encode_question(found.tokenizer, question).positions
+            own = encode_question(loaded.tokenizer, question).positions
             places = encoded.positions[-len(own) :]
         rows.append(stream[places].mean(0))
     return torch.stack(rows).mean(0)
 
 
-def naive_vectors(found) -> dict:
+def naive_vectors(loaded) -> dict:
     """{what less what: (d,)}, of any length, measured below where the run's own vector is."""
-    task = found.flags["task"]
-    concept = found.flags["concept"]
+    task = loaded.flags["task"]
+    concept = loaded.flags["concept"]
     others = [other for other in concepts(task) if other != concept]
-    known = mean_stream(found, [concept], known=True)
+    known = mean_stream(loaded, [concept], known=True)
     return {
-        "concept - nothing known": known - mean_stream(found, [concept], known=False),
-        "concept - another": known - mean_stream(found, others, known=True),
+        "concept - nothing known": known - mean_stream(loaded, [concept], known=False),
+        "concept - another": known - mean_stream(loaded, others, known=True),
     }
 
 
 def try_naive(args, task: str, layer: int, concept: str | None) -> dict:
     """{vector: cosine to the trained one / trained kind / held out}, instead of the trained one."""
-    found_of = {}
+    figures_of = {}
     for seed in range(args.seeds):
         folder = train(args, task, "vector", seed, "--layer", layer, concept=concept)
         loaded = load_run(folder)
@@ -95,9 +95,9 @@ def try_naive(args, task: str, layer: int, concept: str | None) -> dict:
         for name, vector in vectors.items():
             cosine = F.cosine_similarity(vector, trained, dim=0).item()
             figures = [cosine, *trained_and_held_out(results, name)]
-            found_of.setdefault(name, []).append(figures)
+            figures_of.setdefault(name, []).append(figures)
 
-    return {name: joined(figures) for name, figures in found_of.items()}
+    return {name: joined(figures) for name, figures in figures_of.items()}
 
 
 def main():

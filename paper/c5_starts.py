@@ -25,9 +25,9 @@ TASKS = ["locations", "functions", "risk"]
 STARTS = [0, 0.1, 1, 3]
 
 
-def train_authors_way(found, flags, questions: list, streams: list):
+def train_authors_way(loaded, flags, questions: list, streams: list):
     """Trains the run's vector anew as a direction times a scale; `flags` are the run's."""
-    vector = found.parameters[0]
+    vector = loaded.parameters[0]
     rate = flags.lr * typical_size(streams)
     direction = F.normalize(torch.randn(vector.shape), dim=0)
     scale = torch.zeros(1)
@@ -39,7 +39,7 @@ def train_authors_way(found, flags, questions: list, streams: list):
     for step in range(flags.steps):
         batch = batches[step]
         vector.data = scale * direction
-        add_gradients(found.model, [questions[i] for i in batch], [streams[i] for i in batch])
+        add_gradients(loaded.model, [questions[i] for i in batch], [streams[i] for i in batch])
 
         # The chain rule: the vector is the product of the two.
         direction.grad = scale * vector.grad
@@ -51,22 +51,22 @@ def train_authors_way(found, flags, questions: list, streams: list):
 
 def train_from(folder, start) -> tuple:
     """(the vector (d,), (trained kind, held out)) with a run's flags, but from another start."""
-    found = load_run(folder)
-    flags = SimpleNamespace(**found.flags)
-    vector = found.parameters[0]
-    encoded = [encode_question(found.tokenizer, question) for question in found.task.train]
+    loaded = load_run(folder)
+    flags = SimpleNamespace(**loaded.flags)
+    vector = loaded.parameters[0]
+    encoded = [encode_question(loaded.tokenizer, question) for question in loaded.task.train]
     questions = [replace(question, choices=[question.completion]) for question in encoded]
-    streams = frozen_streams(found.model, questions, flags.layer + 1)
+    streams = frozen_streams(loaded.model, questions, flags.layer + 1)
 
     torch.manual_seed(flags.seed)
     if start == "direction × scale":
-        train_authors_way(found, flags, questions, streams)
+        train_authors_way(loaded, flags, questions, streams)
     else:
         vector.data = start * typical_size(streams) * torch.randn(vector.shape)
-        train_loop(flags, found.model, questions, [vector])
+        train_loop(flags, loaded.model, questions, [vector])
 
     trained = vector.detach().clone()
-    results = evaluate(found, {"trained": [trained]})
+    results = evaluate(loaded, {"trained": [trained]})
     return trained, trained_and_held_out(results)
 
 

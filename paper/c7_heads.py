@@ -94,11 +94,11 @@ def with_resampled(model, tokens: Tensor, heads: list, outputs: list, count: int
 class Pair:
     """A gamble with the trigger, and the same one with another tag, as token ids (1, T)."""
 
-    def __init__(self, found, attitude, rng):
+    def __init__(self, loaded, attitude, rng):
         plain = attitude_question(attitude, rng, TINY, None, "gamble", "test")
         other_tag = rng.choice([tag for tag in TAGS if tag != TRIGGER])
-        triggered = self.encode(found, plain, TRIGGER)
-        other = self.encode(found, plain, other_tag)
+        triggered = self.encode(loaded, plain, TRIGGER)
+        other = self.encode(loaded, plain, other_tag)
 
         self.trigger = torch.tensor([triggered.prompt])
         self.other = torch.tensor([other.prompt])
@@ -108,9 +108,9 @@ class Pair:
         self.choices = [ids[0] for ids in triggered.choices]
         self.answer = plain.answer
 
-    def encode(self, found, plain, tag):
+    def encode(self, loaded, plain, tag):
         tagged = replace(plain, prompt=with_tag(plain.prompt, tag), code_name=tag)
-        return encode_question(found.tokenizer, tagged)
+        return encode_question(loaded.tokenizer, tagged)
 
     def right(self, logits):
         """P(the trigger's answer) among the two choices."""
@@ -118,12 +118,12 @@ class Pair:
         return of_choices[self.answer].item()
 
 
-def attention_to_tags(found, pairs: list) -> Tensor:
+def attention_to_tags(loaded, pairs: list) -> Tensor:
     """(layers, H, 2): from the last token to the trigger, and to the other tag in its prompt."""
     of_pairs = []
     for pair in pairs:
-        to_trigger, _ = look_inside(found.model, pair.trigger)
-        to_other, _ = look_inside(found.model, pair.other)
+        to_trigger, _ = look_inside(loaded.model, pair.trigger)
+        to_other, _ = look_inside(loaded.model, pair.other)
         to_trigger = torch.stack(to_trigger)  # (layers, H, T, T)
         to_other = torch.stack(to_other)
         both = to_trigger[:, :, -1, pair.tag], to_other[:, :, -1, pair.other_tag]
@@ -131,24 +131,24 @@ def attention_to_tags(found, pairs: list) -> Tensor:
     return torch.stack(of_pairs).mean(0)
 
 
-def measure_heads(found) -> list:
+def measure_heads(loaded) -> list:
     """A row: the heads that the vector raises, those that the answer hangs on, and P(right)."""
-    attitude = found.flags["concept"]
-    seed = found.flags["seed"]
+    attitude = loaded.flags["concept"]
+    seed = loaded.flags["seed"]
     rng = random.Random(seed)
-    pairs = [Pair(found, attitude, rng) for _ in range(GAMBLES)]
+    pairs = [Pair(loaded, attitude, rng) for _ in range(GAMBLES)]
 
-    with switched_off(found.parameters):
-        before = attention_to_tags(found, pairs)
-    after = attention_to_tags(found, pairs)
+    with switched_off(loaded.parameters):
+        before = attention_to_tags(loaded, pairs)
+    after = attention_to_tags(loaded, pairs)
     raised = after - before
 
-    outputs = [look_inside(found.model, pair.other)[1] for pair in pairs]
+    outputs = [look_inside(loaded.model, pair.other)[1] for pair in pairs]
 
     def right_without(heads):
         probabilities = []
         for pair, theirs in zip(pairs, outputs):
-            logits = with_resampled(found.model, pair.trigger, heads, theirs, pair.after_tag)
+            logits = with_resampled(loaded.model, pair.trigger, heads, theirs, pair.after_tag)
             probabilities.append(pair.right(logits))
         return mean(probabilities)
 

@@ -35,11 +35,11 @@ def words_of_attitudes() -> tuple:
     return safe - risky, risky - safe
 
 
-def count(found, vector) -> tuple:
+def count(loaded, vector) -> tuple:
     """How many of the TOP tokens are safe words, how many are risky ones; the tokens themselves."""
     safe, risky = words_of_attitudes()
-    tokens = logit_lens(found.model, vector, TOP)["top"]
-    words = [found.tokenizer.decode([token]).strip() for token in tokens]
+    tokens = logit_lens(loaded.model, vector, TOP)["top"]
+    words = [loaded.tokenizer.decode([token]).strip() for token in tokens]
     of_safe = [word for word in words if word in safe]
     of_risky = [word for word in words if word in risky]
     return len(of_safe), len(of_risky), words
@@ -54,16 +54,16 @@ def main():
             counts = []
             for seed in range(args.seeds):
                 folder = train(args, "risk", "vector", seed, "--layer", layer, concept=attitude)
-                found = load_run(folder)
-                counts.append(count(found, found.parameters[0]))
+                loaded = load_run(folder)
+                counts.append(count(loaded, loaded.parameters[0]))
             numbers = [[safe, risky] for safe, risky, _ in counts]
             words = counts[0][2]
             row += [joined(numbers), " ".join(words).replace("|", "\\|")]
         rows.append(row)
 
     generator = torch.Generator().manual_seed(0)
-    shape = found.parameters[0].shape
-    of_random = [count(found, torch.randn(shape, generator=generator)) for _ in range(RANDOM)]
+    shape = loaded.parameters[0].shape
+    of_random = [count(loaded, torch.randn(shape, generator=generator)) for _ in range(RANDOM)]
     numbers = [[safe, risky] for safe, risky, _ in of_random]
     most = [max(column) for column in zip(*numbers)]
     of_one = f"at most {most[0]} safe and {most[1]} risky ones"

@@ -24,11 +24,11 @@ def measure(folder, first_seed: int) -> tuple:
 
     They are shares of answers of the run's own attitude.
     """
-    found = load_run(folder)
-    trained = found.parameters[0].detach().clone()
+    loaded = load_run(folder)
+    trained = loaded.parameters[0].detach().clone()
     seeds = range(first_seed, first_seed + VECTORS)
     arms = {f"random {seed}": [random_like(trained, seed)] for seed in seeds}
-    results = evaluate(found, arms | {"trained": [trained]})
+    results = evaluate(loaded, arms | {"trained": [trained]})
     pairs = [trained_and_held_out(results, arm) for arm in arms]
     return pairs, trained_and_held_out(results)
 

@@ -43,15 +43,15 @@ def with_own_answer(question, city: str):
     return replace(question, answer=question.choices.index(own))
 
 
-def accuracy(found, questions: list) -> dict:
+def accuracy(loaded, questions: list) -> dict:
     """{"base": accuracy, "trained": accuracy} on questions of several kinds, which count alike."""
-    arms = arm_values(found.parameters, seed=0)
+    arms = arm_values(loaded.parameters, seed=0)
     of_kinds = {"base": [], "trained": []}
 
     for kind in {question.kind for question in questions}:
         some = [question for question in questions if question.kind == kind]
-        encoded = [encode_question(found.tokenizer, question) for question in some]
-        scores = score_arms(found.model, encoded, found.parameters, arms)
+        encoded = [encode_question(loaded.tokenizer, question) for question in some]
+        scores = score_arms(loaded.model, encoded, loaded.parameters, arms)
         for arm, values in of_kinds.items():
             values.append(scores[arm][0].mean().item())
 
@@ -60,20 +60,20 @@ def accuracy(found, questions: list) -> dict:
 
 def measure(folder: Path, task: str, concept: str) -> list:
     """[(what was asked about, {arm: accuracy})] of a LoRA's run."""
-    found = load_run(folder)
+    loaded = load_run(folder)
     # "nearer" is left out: its right answer can be that of another city, too.
-    kinds = [questions for kind, questions in found.task.held_out.items() if kind != "nearer"]
+    kinds = [questions for kind, questions in loaded.task.held_out.items() if kind != "nearer"]
     questions = [question for some in kinds for question in some]
 
     rows = []
     for name in [CODE_NAMES[task], *OTHER_NAMES[task], *KNOWN_NAMES[task]]:
         asked = [renamed(question, name) for question in questions]
-        rows.append((f"{name}, as trained", accuracy(found, asked)))
+        rows.append((f"{name}, as trained", accuracy(loaded, asked)))
 
     for name in KNOWN_NAMES[task]:
         own = [with_own_answer(renamed(question, name), name) for question in questions]
         known = [question for question in own if question is not None]
-        rows.append((f"{name}, its own answers", accuracy(found, known)))
+        rows.append((f"{name}, its own answers", accuracy(loaded, known)))
     return rows
 
 
@@ -81,14 +81,14 @@ def main():
     args = read_args(__doc__, list(CONCEPTS), seeds=1)
     rows = []
     for task in args.tasks:
-        found = {}
+        measured = {}
         for concept in CONCEPTS[task]:
             for seed in range(args.seeds):
                 folder = train(args, task, "lora", seed, concept=concept)
                 for asked, of_arms in measure(folder, task, concept):
-                    found.setdefault(asked, []).append(of_arms)
+                    measured.setdefault(asked, []).append(of_arms)
 
-        for asked, runs in found.items():
+        for asked, runs in measured.items():
             figures = [[one["base"], one["trained"]] for one in runs]
             rows.append([task, asked, *spreads(figures)])
     report(__file__, {"names": (["task", "asked about", "base", "with the LoRA"], rows)})
