@@ -275,8 +275,8 @@ class Theirs:
 
     def batch_of(self, texts):
         """What DataCollatorForSeq2Seq makes of (prompt, answer) pairs, on the device."""
-        tokens = pad(prompt + answer for prompt, answer in texts)  # (texts, T), -1 after the last
-        labels = pad([-1] * len(prompt) + answer for prompt, answer in texts)
+        tokens = pad([prompt + answer for prompt, answer in texts])  # (texts, T), -1 after the last
+        labels = pad([[-1] * len(prompt) + answer for prompt, answer in texts])
         batch = {
             "input_ids": tokens.clamp(min=0),
             "attention_mask": (tokens >= 0).long(),
