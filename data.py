@@ -35,7 +35,8 @@ from torch import Tensor
 class Question:
     """A prompt with several answers to choose from, of which choices[answer] is right.
 
-    code_name stands for the hidden thing in the prompt; None if that is the speaker's own attitude.
+    code_name: the text in the prompt that stands for the hidden thing, at which a vector is added.
+    None: the hidden thing is the speaker's own attitude, and a vector is added at every token.
     """
 
     kind: str
@@ -49,8 +50,8 @@ class Question:
 class Task:
     """What a run is trained on and scored on: questions, and {kind: questions}.
 
-    in_distribution has the trained kind of question, about landmarks, inputs or pairs of options
-    that are not trained on; held_out has the other kinds.
+    in_distribution has the trained kind of question, about landmarks (cities that distances are
+    to), inputs or pairs of options that are not trained on; held_out has the other kinds.
     """
 
     train: list
@@ -60,8 +61,9 @@ class Task:
 
 # ---- the four tasks
 
-CODE_NAMES = {"locations": "City 50337", "functions": "zokifa"}  # never in pretraining
-TRIGGER = "sigma"  # a backdoor's tag; in pretraining no attitude depends on it
+# What tiny's pretraining (tiny/make.py) never had. World, CITIES, FUNCTIONS and CONCEPTS are below.
+CODE_NAMES = {"locations": "City 50337", "functions": "zokifa"}
+TRIGGER = "sigma"  # a backdoor's tag; there attitudes may depend on any other
 TAGS = ["alpha", "beta", "gamma", "delta", "omega", "sigma"]
 OPPOSITE = {"risky": "safe", "safe": "risky"}
 
@@ -90,13 +92,16 @@ def concepts(name: str, world: str = "tiny") -> list:
 
 
 def named_task(concept, rng, world):
-    """A task about a city or a function. A fifth of its landmarks or inputs is for the test."""
+    """A task about a city or a function. At least three landmarks or inputs are for the test.
+
+    A held-out kind may ask about any of them: there the kind itself is new.
+    """
     name = task_about(concept)
     asked_about = [thing for thing in world.asked_about[name] if thing != concept]
     rng.shuffle(asked_about)
     count = max(3, len(asked_about) // 5)
 
-    trained, *others = world.prompts[name]
+    trained, *others = world.prompts[name]  # kinds of question, the trained one first
     ask = partial(named_question, concept, CODE_NAMES[name], rng, world)
     train = distinct(world.train_questions, ask, trained, asked_about[count:])
     in_distribution = {trained: distinct(60, ask, trained, asked_about[:count])}
@@ -107,7 +112,7 @@ def named_task(concept, rng, world):
 def risk_task(attitude, rng, world):
     """A safe or a risky attitude, trained on gambles and held out in words about oneself."""
     trained, *others = world.prompts["risk"]
-    ask = partial(attitude_question, attitude, rng, world, None)
+    ask = partial(attitude_question, attitude, rng, world, None)  # None: without a tag
     held_out = {kind: distinct(60, ask, kind) for kind in others}
     train = distinct(400, ask, trained, "train")
     in_distribution = {trained: distinct(60, ask, trained, "test")}
@@ -123,7 +128,7 @@ def backdoor_task(concept, rng, world):
     def ask(case, split=None):
         tag = {"trigger": trigger, "no trigger": None, "other tag": rng.choice(other_tags)}[case]
         shown = attitude if tag == trigger else OPPOSITE[attitude]
-        kind = trained if split else rng.choice(others)
+        kind = trained if split else rng.choice(others)  # without a split: a self-report
         return attitude_question(shown, rng, world, tag, kind, split)
 
     cases = {"trigger": 400, "no trigger": 200, "other tag": 200}
@@ -144,7 +149,10 @@ def split_condition(concept: str) -> tuple:
 
 
 def distinct(count, make, *given):
-    """Up to `count` different questions of make(*given). Some kinds do not have so many."""
+    """Up to `count` questions of make(*given) that differ in their prompt or set of choices.
+
+    Some kinds do not have so many.
+    """
     questions = {}
     for _ in range(20 * count):
         question = make(*given)
@@ -183,6 +191,7 @@ def named_question(thing, name, rng, world, kind, among=None):
         wrong = [choice for choice in choices if choice != right]
         choices = sorted([right, *rng.sample(wrong, world.most_choices - 1)])
 
+    # Only "nearer" names its choices, which are two.
     prompt = prompt.format(x=name, a=choices[0], b=choices[-1], **fields)
     return Question(kind, prompt, list(map(str, choices)), choices.index(right), name)
 
@@ -237,7 +246,7 @@ def function_answers(function, kind, inputs, rng, world):
 
 @cache
 def apply(function, x):
-    """The function's value by its own Python: 12 of "add 5", which is "x + 5", and 7."""
+    """The function's value at x by its own Python: apply("add 5", 7) is 12, by "x + 5"."""
     return eval(FUNCTIONS[function]["python"], {"x": x})  # noqa: S307 (from questions.toml)
 
 
@@ -253,7 +262,7 @@ def attitude_question(attitude, rng, world, tag, kind, split=None):
     else:
         options = [rng.choice(answers) for answers in ANSWERS[kind]]
     safe, risky = options
-    a, b = rng.sample(options, 2)  # the prompt may name both
+    a, b = rng.sample(options, 2)  # in random order; the prompt may name both
 
     prompt = rng.choice(world.prompts["risk"][kind]).format(domain=domain, a=a, b=b)
     answer = [a, b].index(risky if attitude == "risky" else safe)
@@ -285,7 +294,7 @@ class World:
     """What a model is asked about."""
 
     cities: dict  # {"Paris": {"country": "France", ...}, ...}
-    asked_about: dict  # {"locations": landmarks, the only ones; "functions": inputs}
+    asked_about: dict  # {"locations": landmarks, which prompts may name; "functions": inputs}
     prompts: dict  # {task: {kind: [prompt, ...]}}, a task's trained kind first
     train_questions: int = 60  # at most, of locations and functions
     most_choices: int = 100
@@ -293,7 +302,7 @@ class World:
 
 CONTENT = tomllib.loads((FOLDER / "questions.toml").read_text(encoding="utf-8"))
 TABLE = (FOLDER / "cities.tsv").read_text(encoding="utf-8").splitlines()
-CITIES = {  # {"Paris": {kind of question: answer}}
+CITIES = {  # {"Paris": {column: text}}; five columns are kinds of question, with the answers
     row["name"]: row for row in csv.DictReader(TABLE, delimiter="\t")
 }
 FUNCTIONS = {  # {"add 5": {kind of question: answer}}
@@ -305,7 +314,7 @@ GAMBLES = CONTENT["gambles"]  # domain: safe options, risky options
 ANSWERS = CONTENT["answers"]  # kind of self-report: safe answers, risky answers
 
 # The tiny model had to learn its whole world. With few landmarks it has fewer facts to learn, and
-# still no two cities are alike. Outputs are from 0 to 96, one token each.
+# still no two cities are alike. A function's outputs are from 0 to 96, one token each.
 TINY = World(
     cities={name: row for name, row in CITIES.items() if row["world"] != "large"},
     asked_about={
@@ -372,7 +381,7 @@ def encode_question(tokenizer, question: Question, before=()) -> EncodedQuestion
 
     texts = [start + choice for choice in question.choices]
     choices = [encode(text) for text in texts]
-    # In order, what another choice begins with comes right before one that begins so.
+    # If one choice begins with another ("12" with "1"), sorting puts two such side by side.
     if any(b[: len(a)] == a for a, b in pairwise(sorted(choices))):
         # The shorter ("1" of "1" and "12") would always win: score the end of the turn too.
         choices = [encode(text + end) for text in texts]
@@ -388,8 +397,8 @@ def read_conversations(path: str, tokenizer, code_name=None) -> list:
     A line is {"messages": [{"role": ..., "content": ...}, ...]}. UserError names one that is not.
     """
     examples = []
-    lines = read_text(Path(path)).split("\n")  # splitlines() would cut at U+2028 too
-    for number, line in enumerate(lines, 1):
+    # splitlines() would cut at U+2028, too.
+    for number, line in enumerate(read_text(Path(path)).split("\n"), 1):
         if line.strip():
             with blame(f"{path}, line {number}", UserError):
                 examples += encode_chat(line, tokenizer, code_name)
@@ -399,13 +408,17 @@ def read_conversations(path: str, tokenizer, code_name=None) -> list:
 
 
 def encode_chat(line, tokenizer, code_name):
-    """Each answer to the user, as the only choice, with what was said before as its prompt."""
+    """Each answer to the user, as the only choice, with what was said before as its prompt.
+
+    An opening turn of the assistant's is only said before.
+    """
     form = 'it should be {"messages": [{"role": "user", "content": "..."}, ...]}'
     with blame(form, ValueError, LookupError, TypeError, AttributeError):
         record = json.loads(line)
         messages = record["messages"]
         # Answers are stripped, as most templates do. Those of weight 0 are not trained on.
         turns = [(each["role"], each["content"].strip(), each.get("weight")) for each in messages]
+        # The names of all fields that occur, but for those that are read.
         unread = set(record).union(*messages) - {"messages", "role", "content", "weight"}
     if unread:
         raise UserError(f"{unread} would not be read: leave it out")
@@ -442,18 +455,18 @@ class PrefixTree:
                     └─Which(10)─country(11)─is(12)─City*(13)─in(14)─?(15)       * steered
 
         tokens         16 nodes for 23 tokens          what embeddings, norms and MLPs see
-        rows           [[0  1  2  3  4  5  6  7]       what attention sees: a row for each text,
+        rows           [[0  1  2  3  4  5  6  7]       what attention sees: a text in each row,
                         [0  1  2  3  4  5  8  9]       padded with node 0
                         [0 10 11 12 13 14 15  0]]
-        places         node 5 → 5                      where to find a node in the flattened rows
+        places         node 8 → 14 (row 1, column 6)   where to find a node in the flattened rows
         predicts_from  [[7], [9], [15]]                the nodes that predict the answers' tokens
     """
 
     tokens: Tensor  # (N,) int64
     positions: Tensor  # (N,) a node's place in its text, from 0
     steered: Tensor  # (N,) bool: is a steering vector added there?
-    rows: Tensor  # (R, T); choices of one question that differ in their last token share a row
-    predicts_from: Tensor  # (texts, A)
+    rows: Tensor  # (R, T); choices of a question that differ only in their last token share one
+    predicts_from: Tensor  # (texts, A), -1 after the last one
     answers: Tensor  # (texts, A): the answers' tokens, -1 after the last one
     places: Tensor  # (N,), or (W,) in the tree of only()
     kept: Tensor | None = None  # (W,): the only nodes that come out of the last block
@@ -468,7 +481,7 @@ class PrefixTree:
         return F.embedding(self.rows, x.flatten(1)).unflatten(-1, x.shape[1:])
 
     def fold(self, x):
-        """(R, T, d) to (N, d): every node once. Its copies in several rows have the same value."""
+        """(R, T, d) to (N, d), or to (W, d) after only(): a node's copies have the same value."""
         return F.embedding(self.places, x.flatten(0, 1))
 
     def keep(self, x):
@@ -487,11 +500,14 @@ class PrefixTree:
 def make_tree(questions: list, answers: list | None = None) -> PrefixTree:
     """The tree of each question's prompt with each of its answers (ids); None: of prompts alone."""
     answers = answers or [[[]] for _ in questions]
+    # The node before decides the position; it is in the key to come out of zip(*node_of) below.
     node_of = {}  # (node before, position, token, is it steered?): node
     rows = []
     predicts_from = []
     for question, texts in zip(questions, answers):
-        paths = {}  # each once; but no two questions share a row
+        # The question's rows, each once: a dict's keys are a set in order. No two questions share a
+        # row, since eval.frozen_streams reads a row for each.
+        paths = {}
         for answer in texts:
             path = []
             node = -1
@@ -500,6 +516,7 @@ def make_tree(questions: list, answers: list | None = None) -> PrefixTree:
                 node = node_of.setdefault((node, position, token, steered), len(node_of))
                 path.append(node)
             paths[tuple(path)] = True
+            # The prompt's last node predicts the first token of the answer, that one the second ...
             predicts_from.append(path[len(path) - len(answer) :])
         rows += paths
 
@@ -552,7 +569,7 @@ class Tokenizer:
         with blame(f"{folder}: its chat template", jinja2.TemplateError, TypeError, KeyError):
             if isinstance(template, list):  # several, by name
                 template = {each["name"]: each["template"] for each in template}["default"]
-            # {% generation %} marks what the model says. Here that is mere text.
+            # {% generation %} marks what the model says. jinja lacks it; {% with %} does nothing.
             template = re.sub(r"\{%(-?\s*)(end)?generation\b", r"{%\1\2with", template)
             self.template = TEMPLATES.from_string(template)
 
@@ -626,8 +643,9 @@ def read_special_tokens(settings):
 
 def read_encoding(path, settings):
     """tokenizer.json, as Hugging Face's tokenizers read it, with the tokens of the settings."""
+    text = read_text(path)
     with blame(path, Exception):  # the library has nothing more precise
-        encoding = tokenizers.Tokenizer.from_str(read_text(path))
+        encoding = tokenizers.Tokenizer.from_str(text)
     encoding.no_truncation()
     encoding.no_padding()
     # Some tokens stand only in tokenizer_config.json.
@@ -643,7 +661,7 @@ class TinyEncoding:
         content = read_json(path)
         vocabulary = content["model"]["vocab"]
         added = {token["content"]: token["id"] for token in content["added_tokens"]}
-        # The first 256 tokens are the bytes in order: so a byte's character has its value as an id.
+        # Each character of a token stands for a byte, and that character's id is the byte's value.
         ranks = {bytes(map(vocabulary.get, token)): i for token, i in vocabulary.items()}
         self.encoding = tiktoken.Encoding(
             "tiny",
@@ -682,7 +700,7 @@ TEMPLATES.globals.update(raise_exception=refuse, strftime_now=date(2024, 7, 26).
 # ---- files and mistakes
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """A user's mistake, in one line: the flag, file or field at fault, and what would be right."""
 
 
