@@ -132,4 +132,5 @@ def cell(value) -> str:
 
 def save_figure(figure, script: str):
     """Writes the figure beside the script."""
-    figure.savefig(Path(script).with_suffix(".png"), dpi=110, bbox_inches="tight")
+    path = Path(script).with_suffix(".png")
+    figure.savefig(path, dpi=80, bbox_inches="tight", pil_kwargs={"optimize": True})
