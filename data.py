@@ -176,15 +176,15 @@ TASKS = {
 # choices that the prompt itself names.
 
 
-def named_question(thing, name, rng, world, kind, among=None):
-    """A question of this kind about a city or a function that is called `name`.
+def named_question(thing, code_name, rng, world, kind, among=None):
+    """A question of this kind about a city or a function that is called `code_name`.
 
     among: the landmarks or inputs that it may ask about; None: all that the world has.
     """
-    task = task_about(thing)
-    prompt = rng.choice(world.prompts[task][kind])
-    among = among or world.asked_about[task]
-    answers = city_answers if task == "locations" else function_answers
+    task_name = task_about(thing)
+    prompt = rng.choice(world.prompts[task_name][kind])
+    among = among or world.asked_about[task_name]
+    answers = city_answers if task_name == "locations" else function_answers
     right, choices, fields = answers(thing, kind, among, rng, world)
 
     if len(choices) > world.most_choices:
@@ -192,8 +192,8 @@ def named_question(thing, name, rng, world, kind, among=None):
         choices = sorted([right, *rng.sample(wrong, world.most_choices - 1)])
 
     # Only "nearer" names its choices, which are two.
-    prompt = prompt.format(x=name, a=choices[0], b=choices[-1], **fields)
-    return Question(kind, prompt, list(map(str, choices)), choices.index(right), name)
+    prompt = prompt.format(x=code_name, a=choices[0], b=choices[-1], **fields)
+    return Question(kind, prompt, list(map(str, choices)), choices.index(right), code_name)
 
 
 def task_about(thing):
