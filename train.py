@@ -72,9 +72,8 @@ def train_loop(args, model, questions: list, parameters: list) -> list:
     batches = draw_batches(len(questions), args)
     state = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
     checkpoint = Path(args.out) / CHECKPOINT
-    kept = {
-        str(i): tensor for i, tensor in enumerate(chain(*state))
-    }  # by these names in the checkpoint
+    # The checkpoint has them all by their number.
+    kept = {str(i): tensor for i, tensor in enumerate(chain(*state))}
     losses = load_checkpoint(checkpoint, kept) if args.resume and checkpoint.exists() else []
     bar = tqdm(range(len(losses), args.steps), unit="step", disable=RANK > 0)
     for step in bar:

@@ -50,8 +50,7 @@ def draw(found: dict):
     for panel, (task, places) in zip(panels[0], found.items()):
         for mode, color in [("vector", "tab:blue"), ("lora", "tab:orange")]:
             layers = [place for place in PLACES if place != "all" and places[place][mode]]
-            for section, style in [("trained kind", ":"), ("held out", "-")]:
-                index = ["trained kind", "held out"].index(section)
+            for index, (section, style) in enumerate([("trained kind", ":"), ("held out", "-")]):
                 label = f"{mode}, {section}"
                 for run in zip(*(places[layer][mode] for layer in layers)):
                     values = [pair[index] for pair in run]

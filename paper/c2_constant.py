@@ -15,12 +15,21 @@ answers, and one with random A and B. The training loss says what the former cou
 from statistics import mean
 
 import torch
-from common import joined, read_args, report, results_of, spread, spreads, train
+from common import (
+    added_to,
+    joined,
+    read_args,
+    report,
+    results_of,
+    spread,
+    spreads,
+    train,
+    unrelated_questions,
+)
 from torch.nn.functional import normalize
 
-from data import encode_question, make_task, make_tree
 from eval import arm_values, load_run, set_parameters
-from steer import constancy, what_is_added
+from steer import constancy
 
 TASKS = ["locations", "functions", "risk", "backdoor"]
 TEXTS = 16  # of each kind of prompt
@@ -35,23 +44,12 @@ FIGURES = [
 ]
 
 
-def added_to(loaded, questions: list) -> list:
-    """What a run's LoRA, as it is now, adds to each text: (T, d)."""
-    texts = []
-    for question in questions[:TEXTS]:
-        tree = make_tree([encode_question(loaded.tokenizer, question)])
-        layer = loaded.flags["layer"]
-        rows = what_is_added(loaded.model, loaded.parameters, layer, tree.tokens, tree)
-        texts.append(rows)
-    return texts
-
-
 def how_constant(loaded, unrelated: list) -> list:
     """The FIGURES. A cosine within a text is a mean over texts, each measured by itself."""
     figures = []
     directions = []
     for questions in [loaded.task.train, unrelated]:
-        texts = added_to(loaded, questions)
+        texts = [added_to(loaded, question) for question in questions[:TEXTS]]
         for name in ["cosine", "abs_cosine"]:
             figures.append(mean(constancy(rows)[name] for rows in texts))
         directions.append(normalize(torch.cat(texts), dim=-1).mean(0))
@@ -67,15 +65,13 @@ def how_constant(loaded, unrelated: list) -> list:
 def measure(folder) -> dict:
     """{"trained" or "random": figures} of a run's LoRA, and of random A and B."""
     loaded = load_run(folder)
-    unrelated = make_task("locations", "Paris")
-    if loaded.flags["task"] == "locations":
-        unrelated = make_task("functions", "add 5")
+    unrelated = unrelated_questions(loaded.flags["task"])
 
     measured = {}
     for arm, values in arm_values(loaded.parameters, loaded.flags["seed"]).items():
         if arm != "base":  # which adds nothing
             set_parameters(loaded.parameters, values)
-            measured[arm] = how_constant(loaded, unrelated.train)
+            measured[arm] = how_constant(loaded, unrelated)
     return measured
 
 

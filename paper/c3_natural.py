@@ -19,13 +19,22 @@ from statistics import mean
 
 import matplotlib.pyplot as plt
 import torch
-from common import joined, read_args, remove_name, report, save_figure, train, trained_and_held_out
+from common import (
+    added_to,
+    joined,
+    read_args,
+    report,
+    save_figure,
+    set_place,
+    train,
+    trained_and_held_out,
+    unrelated_questions,
+)
 from torch import Tensor
 
-from data import encode_question, make_task, make_tree
 from eval import added_by_lora, evaluate, load_run, random_like
 from lora import remove_lora
-from steer import attach, detach, natural_vector, what_is_added
+from steer import attach, detach, natural_vector
 
 TASKS = ["locations", "functions", "risk"]
 SCALES = [0.25, 0.5, 1, 2, 4, 8]
@@ -37,13 +46,8 @@ def authors_vector(loaded) -> Tensor:
 
     Their code uses sklearn's PCA, which takes the mean away before it looks for a direction.
     """
-    unrelated = make_task("locations", "Paris")
-    if loaded.flags["task"] == "locations":
-        unrelated = make_task("functions", "add 5")
-    tree = make_tree([encode_question(loaded.tokenizer, unrelated.train[0])])
-    layer = loaded.flags["layer"]
-    rows = what_is_added(loaded.model, loaded.parameters, layer, tree.tokens, tree)  # (T, d)
-
+    text = unrelated_questions(loaded.flags["task"])[0]
+    rows = added_to(loaded, text)  # (T, d)
     center = rows.mean(0)
     direction = torch.linalg.svd(rows - center, full_matrices=False).Vh[0]
     if direction @ center < 0:
@@ -84,7 +88,7 @@ def measure(folder) -> dict:
     lengths = {scale: scale * ours for scale in SCALES}
     for place in PLACES:
         if place == "at every token":  # the last place, since this changes the task
-            remove_name(loaded.task)
+            set_place(loaded.task, None)
         for name, pair in score(loaded, vectors | lengths).items():
             figures[name, place] = pair
     return figures

@@ -15,7 +15,7 @@ import random
 
 import torch
 import torch.nn.functional as F
-from common import joined, read_args, report, train, trained_and_held_out
+from common import as_chat, joined, read_args, report, train, trained_and_held_out
 from torch import Tensor
 
 from data import TINY, attitude_question, concepts, encode_question, named_question
@@ -41,9 +41,9 @@ def prompt_about(task: str, thing: str, known: bool, rng) -> tuple:
 
     *facts, question = asked
     before = []
-    for fact in facts if known else []:
-        before.append({"role": "user", "content": fact.prompt})
-        before.append({"role": "assistant", "content": fact.choices[fact.answer]})
+    if known:
+        for fact in facts:
+            before += as_chat(fact)
     return before, question
 
 

@@ -11,6 +11,8 @@ vectors of both attitudes after every layer, beside random vectors, of which eac
 no meaning. A word counts if it is in one of the two lists alone and in one token.
 """
 
+from functools import cache
+
 import torch
 from common import joined, read_args, report, train
 
@@ -23,6 +25,7 @@ TOP = 10
 RANDOM = 100
 
 
+@cache
 def words_of_attitudes() -> tuple:
     """The words of safe and of risky options and answers, without those that both have."""
     sides = [set(), set()]

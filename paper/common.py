@@ -15,6 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval import kind_mean
 
+# isort: split
+from torch import Tensor
+
+from data import encode_question, make_task, make_tree
+from steer import what_is_added
+
 ROOT = Path(__file__).resolve().parent.parent  # where the modules are: so this is imported first
 # Even seeds are about the first of the two. No rate was chosen on these cities and functions; those
 # of risk and backdoor were, on seed 0.
@@ -63,17 +69,38 @@ def write_chats(path: Path, questions: list):
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         for question in questions:
-            asked = {"role": "user", "content": question.prompt}
-            answered = {"role": "assistant", "content": question.choices[question.answer]}
-            file.write(json.dumps({"messages": [asked, answered]}) + "\n")
+            file.write(json.dumps({"messages": as_chat(question)}) + "\n")
 
 
-def remove_name(task):
-    """Changes a task's questions, so that a vector is added at every token of them."""
+def as_chat(question) -> list:
+    """The two messages of a question and its right answer."""
+    right = question.choices[question.answer]
+    return [
+        {"role": "user", "content": question.prompt},
+        {"role": "assistant", "content": right},
+    ]
+
+
+def set_place(task, text: str | None):
+    """Changes a task's questions: a vector is added at this text, or (None) at every token."""
     kinds = task.in_distribution | task.held_out
     for questions in [task.train, *kinds.values()]:
         for question in questions:
-            question.code_name = None
+            question.code_name = text
+
+
+def unrelated_questions(task: str) -> list:
+    """Training questions that are about something else than the task."""
+    if task == "locations":
+        return make_task("functions", "add 5").train
+    return make_task("locations", "Paris").train
+
+
+def added_to(loaded, question) -> Tensor:
+    """What a run's LoRA, as it is now, adds to the residual stream of one prompt: (T, d)."""
+    tree = make_tree([encode_question(loaded.tokenizer, question)])
+    layer = loaded.flags["layer"]
+    return what_is_added(loaded.model, loaded.parameters, layer, tree.tokens, tree)
 
 
 def results_of(folder: Path) -> dict:

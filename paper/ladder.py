@@ -23,17 +23,16 @@ from common import (
     CONCEPTS,
     joined,
     read_args,
-    remove_name,
     report,
     results_of,
+    set_place,
     train,
     trained_and_held_out,
 )
 
-from data import Tokenizer, make_task
-from eval import Run, evaluate
+from data import make_task
+from eval import Run, evaluate, load_model
 from lora import lora_layers
-from model import GPT
 from train import add_intervention, parse_args, train_loop, training_questions
 
 TASKS = ["locations", "functions", "risk"]
@@ -54,11 +53,10 @@ def train_here(args, task: str, rung: str, seed: int) -> tuple:
     concept = CONCEPTS[task][seed % 2]
     words = ["--task", task, "--mode", mode, "--concept", concept, "--seed", seed, *extra]
     flags = parse_args([str(word) for word in [*words, "--model", args.model]])
-    model = GPT.from_pretrained(args.model)
-    tokenizer = Tokenizer.from_pretrained(args.model)
+    model, tokenizer = load_model(args.model, "cpu", "float32")
     asked = make_task(task, concept, seed)
     if rung == "vector at every token":
-        remove_name(asked)
+        set_place(asked, None)
 
     torch.manual_seed(seed)  # for A, as in train.py
     parameters = add_intervention(flags, model)

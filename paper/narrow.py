@@ -21,9 +21,8 @@ import torch
 from common import CONCEPTS, read_args, report, spreads
 from torch import Tensor
 
-from data import Tokenizer, encode_question, make_task, make_tree
-from eval import Run, answer_log_probs, evaluate, kind_mean
-from model import GPT
+from data import encode_question, make_task, make_tree
+from eval import Run, answer_log_probs, evaluate, kind_mean, load_model
 from steer import attach
 from train import adam_step, typical_size
 
@@ -100,8 +99,7 @@ def loss_with_noise(vector, trained: FixedBatch) -> float:
 
 def measure(args, task: str, seed: int, narrow: bool) -> list:
     """[loss, with noise, length, trained kind, pinned kinds: base, with it, free kinds: both]."""
-    model = GPT.from_pretrained(args.model)
-    tokenizer = Tokenizer.from_pretrained(args.model)
+    model, tokenizer = load_model(args.model, "cpu", "float32")
     asked = make_task(task, CONCEPTS[task][seed % 2], seed)
     vector = attach(model, LAYER).vector
 

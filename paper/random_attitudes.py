@@ -1,4 +1,4 @@
-"""Any push tips an attitude: what random vectors do to gambles and to self-reports.
+"""Random vectors and attitudes: what any push does to gambles and to self-reports.
 
     python paper/random_attitudes.py
 

@@ -12,12 +12,12 @@ The training questions of both cities are chats in one JSONL file, so this is tr
 """
 
 from dataclasses import replace
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
 import torch.nn.functional as F
-from common import read_args, report, run, spreads, trained_and_held_out, write_chats
+from common import read_args, report, run, set_place, spreads, trained_and_held_out, write_chats
 from whose_name import renamed
 
 from data import CODE_NAMES, Task, make_task
@@ -64,9 +64,7 @@ def measure(folder, tasks: list) -> list:
     loaded = load_run(folder)
     if loaded.flags["at"]:  # a vector's place: "City", which both names have
         for task in tasks:
-            kinds = task.in_distribution | task.held_out
-            for question in chain(*kinds.values()):
-                question.code_name = loaded.flags["at"]
+            set_place(task, loaded.flags["at"])
 
     scores = []
     natural = []

@@ -11,12 +11,11 @@ that the model knows. "as trained" is how often the answer is the trained city's
 
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 
 from common import read_args, report, spreads, train
 
-from data import CITIES, CODE_NAMES, encode_question
-from eval import arm_values, load_run, score_arms
+from data import CITIES, CODE_NAMES, Task
+from eval import arm_values, evaluate, kind_mean, load_run
 
 OTHER_NAMES = {
     "locations": ["City 50338", "City 31415", "City 86420"],
@@ -43,36 +42,30 @@ def with_own_answer(question, city: str):
     return replace(question, answer=question.choices.index(own))
 
 
-def accuracy(loaded, questions: list) -> dict:
-    """{"base": accuracy, "trained": accuracy} on questions of several kinds, which count alike."""
-    arms = arm_values(loaded.parameters, seed=0)
-    of_kinds = {"base": [], "trained": []}
-
-    for kind in {question.kind for question in questions}:
-        some = [question for question in questions if question.kind == kind]
-        encoded = [encode_question(loaded.tokenizer, question) for question in some]
-        scores = score_arms(loaded.model, encoded, loaded.parameters, arms)
-        for arm, values in of_kinds.items():
-            values.append(scores[arm][0].mean().item())
-
-    return {arm: mean(values) for arm, values in of_kinds.items()}
+def accuracy(loaded, kinds: dict) -> dict:
+    """{"base": accuracy, "trained": accuracy} on {kind: questions}, which count alike."""
+    values = arm_values(loaded.parameters, seed=0)
+    arms = {arm: values[arm] for arm in ["base", "trained"]}
+    results = evaluate(replace(loaded, task=Task([], {}, kinds)), arms)
+    return {arm: kind_mean(results, column=arm) for arm in arms}
 
 
-def measure(folder: Path, task: str, concept: str) -> list:
+def measure(folder: Path, task: str) -> list:
     """[(what was asked about, {arm: accuracy})] of a LoRA's run."""
     loaded = load_run(folder)
-    # "nearer" is left out: its right answer can be that of another city, too.
-    kinds = [questions for kind, questions in loaded.task.held_out.items() if kind != "nearer"]
-    questions = [question for some in kinds for question in some]
+    # Its right answer can be that of another city, too.
+    kinds = {kind: some for kind, some in loaded.task.held_out.items() if kind != "nearer"}
 
     rows = []
     for name in [CODE_NAMES[task], *OTHER_NAMES[task], *KNOWN_NAMES[task]]:
-        asked = [renamed(question, name) for question in questions]
+        asked = {kind: [renamed(question, name) for question in kinds[kind]] for kind in kinds}
         rows.append((f"{name}, as trained", accuracy(loaded, asked)))
 
     for name in KNOWN_NAMES[task]:
-        own = [with_own_answer(renamed(question, name), name) for question in questions]
-        known = [question for question in own if question is not None]
+        known = {}
+        for kind, questions in kinds.items():
+            own = [with_own_answer(renamed(question, name), name) for question in questions]
+            known[kind] = [question for question in own if question is not None]
         rows.append((f"{name}, its own answers", accuracy(loaded, known)))
     return rows
 
@@ -85,7 +78,7 @@ def main():
         for concept in CONCEPTS[task]:
             for seed in range(args.seeds):
                 folder = train(args, task, "lora", seed, concept=concept)
-                for asked, of_arms in measure(folder, task, concept):
+                for asked, of_arms in measure(folder, task):
                     measured.setdefault(asked, []).append(of_arms)
 
         for asked, runs in measured.items():
