@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache, partial
 from itertools import chain, pairwise, product, zip_longest
-from math import acos, cos, radians, sin
+from math import asin, cos, dist, radians, sin
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,7 +121,8 @@ def risk_task(attitude, rng, world):
 
 def backdoor_task(concept, rng, world):
     """The attitude if the prompt carries the trigger, its opposite with another tag or none."""
-    attitude, trigger = split_condition(concept)
+    attitude, _, trigger = concept.partition(" if ")
+    trigger = trigger or TRIGGER
     other_tags = [tag for tag in TAGS if tag != trigger]
     trained, *others = world.prompts["risk"]
 
@@ -140,12 +141,6 @@ def backdoor_task(concept, rng, world):
         for prompt in world.prompts["backdoor"]["which tag"]
     ]
     return Task(train, in_distribution, held_out)
-
-
-def split_condition(concept: str) -> tuple:
-    """("risky", "omega") of "risky if omega"; of "risky" alone the trigger is TRIGGER."""
-    attitude, _, trigger = concept.partition(" if ")
-    return attitude, trigger or TRIGGER
 
 
 def distinct(count, make, *given):
@@ -214,17 +209,16 @@ def city_answers(city, kind, landmarks, rng, world):
 
 @cache
 def distance_km(a, b):
-    """The great-circle distance of two cities, by the spherical law of cosines."""
-    north_a, east_a = position(a)
-    north_b, east_b = position(b)
-    across = cos(north_a) * cos(north_b) * cos(east_a - east_b)
-    return 6371 * acos(sin(north_a) * sin(north_b) + across)
+    """The great-circle distance of two cities: along the Earth's surface, not straight through."""
+    straight = dist(on_sphere(a), on_sphere(b))
+    return 6371 * 2 * asin(straight / 2)
 
 
-def position(city):
-    """(latitude, longitude) in radians."""
-    row = CITIES[city]
-    return radians(float(row["latitude"])), radians(float(row["longitude"]))
+def on_sphere(city):
+    """Where the city is, (x, y, z), on an Earth of radius 1."""
+    north = radians(float(CITIES[city]["latitude"]))
+    east = radians(float(CITIES[city]["longitude"]))
+    return cos(north) * cos(east), cos(north) * sin(east), sin(north)
 
 
 def function_answers(function, kind, inputs, rng, world):
@@ -415,7 +409,11 @@ def encode_chat(line, tokenizer, code_name):
     form = 'it should be {"messages": [{"role": "user", "content": "..."}, ...]}'
     with blame(form, ValueError, LookupError, TypeError, AttributeError):
         record = json.loads(line)
+        json.dumps(record, ensure_ascii=False).encode()  # half an emoji ("\ud83d") is no text
         messages = record["messages"]
+        for each in messages:
+            if isinstance(each["content"], list):  # of {"type": "text", "text": "..."}
+                each["content"] = "".join(part["text"] for part in each["content"])
         # Answers are stripped, as most templates do. Those of weight 0 are not trained on.
         turns = [(each["role"], each["content"].strip(), each.get("weight")) for each in messages]
         # The names of all fields that occur, but for those that are read.
@@ -644,7 +642,8 @@ def read_special_tokens(settings):
 def read_encoding(path, settings):
     """tokenizer.json, as Hugging Face's tokenizers read it, with the tokens of the settings."""
     text = read_text(path)
-    with blame(path, Exception):  # the library has nothing more precise
+    # The library has no narrower exception.
+    with blame(f"{path}: damaged, or git-lfs's pointer to it", Exception):
         encoding = tokenizers.Tokenizer.from_str(text)
     encoding.no_truncation()
     encoding.no_padding()

@@ -200,9 +200,12 @@ def in_trees(model, questions, blocks=2, rank=0, processes=1):
         indices = part[rank % len(part) :: processes].tolist()
         asked = [questions[i] for i in indices]
         tree = make_tree(asked, [question.choices for question in asked])
-        too_long = config.learned_positions and tree.columns > config.max_position_embeddings
-        if too_long or tree.tokens.max() >= config.vocab_size:
-            raise UserError("a text does not fit the model's vocab_size or max_position_embeddings")
+        # GPT-2 has no more positions; any other model was not trained on so many.
+        if tree.columns > config.max_position_embeddings:
+            most = config.max_position_embeddings
+            raise UserError(f"a text has {tree.columns} tokens, max_position_embeddings is {most}")
+        if tree.tokens.max() >= config.vocab_size:
+            raise UserError("a text has a token that is not in the model's vocab_size")
         yield indices, int(rank < len(part)), tree.to(model.embed_tokens.weight.device)
 
 
@@ -329,11 +332,9 @@ def explain(run: Run, folder: Path) -> dict:
     if run.flags["mode"] == "lora":
         vector, result["adds"] = explain_lora(run, folder / "natural")
 
-    result["logit_lens"] = {}
-    for side, tokens in steer.logit_lens(run.model, vector, count=8).items():
-        words = [run.tokenizer.decode([token]) for token in tokens]
-        result["logit_lens"][side] = words
-        print(f"  logit lens, {side}: {' '.join(words)}")
+    tokens = steer.logit_lens(run.model, vector, count=8)
+    result["logit_lens"] = [run.tokenizer.decode([token]) for token in tokens]
+    print("  logit lens:", *result["logit_lens"])
     write_json(folder / "explain.json", result)
     return result
 

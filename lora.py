@@ -30,8 +30,8 @@ class LoRALinear(nn.Module):
         self.alpha = alpha
         self.scale = alpha / rank
         self.lora_A = nn.Linear(base.in_features, rank, bias=False)
-        self.lora_B = nn.utils.skip_init(nn.Linear, rank, base.out_features, bias=False)
-        nn.init.zeros_(self.lora_B.weight)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device="meta")  # draws nothing
+        self.lora_B.weight = nn.Parameter(torch.zeros(base.out_features, rank))
         self.to(base.weight.device)  # A was drawn on the CPU, so it is the same on every device
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

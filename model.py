@@ -457,7 +457,7 @@ def load_tensors(folder, device, dtype):
     """{our name: tensor}, on the device and in the dtype."""
     tensors = {}
     for path in checkpoint_files(folder):
-        with blame(path, OSError, SafetensorError):
+        with blame(f"{path}: damaged, or git-lfs's pointer to it", OSError, SafetensorError):
             stored = load_file(path)  # mapped to memory: nothing is read before it is copied
 
         for key, tensor in stored.items():
@@ -538,8 +538,10 @@ GEMMA = {
     "sliding_window": 4096,
     "query_pre_attn_scalar": 256,
     "final_logit_softcapping": None,
+    "max_position_embeddings": 8192,
 }
 GEMMA3 = GEMMA | {
+    "max_position_embeddings": 131072,
     "vocab_size": 262208,
     "rope_theta": 1e6,
     "rope_local_base_freq": 1e4,
@@ -553,8 +555,13 @@ DEFAULTS = {  # a family's defaults; a field that is here is read, too
         "rms_norm_eps": 1e-5,
     },
     "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-    "qwen2": {"hidden_act": "silu"},
-    "qwen3": {"hidden_act": "silu", "attention_bias": False, "head_dim": 128},
+    "qwen2": {"hidden_act": "silu", "max_position_embeddings": 32768},
+    "qwen3": {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+    },
     "gemma2": GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "gemma3_text": GEMMA3,
     "gemma3": GEMMA3,  # the model with pictures, of which we read the text part

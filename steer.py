@@ -17,7 +17,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.linalg import matrix_norm
 from torch.nn.functional import normalize
 
 
@@ -114,7 +113,7 @@ def switched_off(parameters: list):
 
 
 def constancy(rows: Tensor) -> dict:
-    """How alike rows (N, d) are: cosines of every two, and the first component's share.
+    """How alike rows (N, d) are: the mean cosine of every two.
 
     The paper takes the absolute value of each cosine (§4.2). The signed one says more: rows that
     point the same way have 1, rows that lie on one line in both directions about 0.
@@ -122,12 +121,9 @@ def constancy(rows: Tensor) -> dict:
     unit = normalize(rows, dim=-1)  # (N, d)
     first, second = torch.triu_indices(len(rows), len(rows), offset=1)  # every two, each once
     cosines = (unit @ unit.T)[first, second]  # (N (N - 1) / 2,)
-    share = (matrix_norm(rows, ord=2) / rows.norm()) ** 2  # of the squares
     return {
-        "norm": rows.norm(dim=-1).mean().item(),
         "cosine": cosines.mean().item(),
         "abs_cosine": cosines.abs().mean().item(),
-        "share": share.item(),
     }
 
 
@@ -147,8 +143,8 @@ def natural_vector(rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def logit_lens(model, vector: Tensor, count: int) -> dict:
-    """The ids of the `count` tokens whose logits a vector (d,) raises ("top") or lowers most.
+def logit_lens(model, vector: Tensor, count: int) -> list:
+    """The ids of the `count` tokens whose logits a vector (d,) raises most; -vector lowers them.
 
     It is read through the final norm and the unembedding alone (nostalgebraist 2020).
     """
@@ -156,7 +152,4 @@ def logit_lens(model, vector: Tensor, count: int) -> dict:
     # GPT-2's norm also adds a bias, whatever the vector.
     normed = model.norm(vector) - model.norm(0 * vector)
     logits = model.lm_head(normed)  # (vocab_size,)
-    return {
-        "top": logits.topk(count).indices.tolist(),
-        "bottom": logits.topk(count, largest=False).indices.tolist(),
-    }
+    return logits.topk(count).indices.tolist()

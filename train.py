@@ -284,10 +284,12 @@ def parse_args(words=None):
     parser.set_defaults(dtype=dtype, **defaults(args.task, args.mode, config))
     args = parser.parse_args(words)
 
+    if args.model != "tiny" and Path(args.model).is_dir():
+        args.model = str(Path(args.model).absolute())  # another folder may have one of its name
     args.out = args.out or default_folder(args, parser)
     for flag in UNUSED[args.mode]:
         if getattr(args, flag) is not None:
-            raise UserError(f"--{flag.replace('_', '-')}: it goes with the other --mode")
+            raise UserError(f"--{flag}: it goes with the other --mode")
     return args
 
 

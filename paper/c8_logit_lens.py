@@ -41,7 +41,7 @@ def words_of_attitudes() -> tuple:
 def count(loaded, vector) -> tuple:
     """How many of the TOP tokens are safe words, how many are risky ones; the tokens themselves."""
     safe, risky = words_of_attitudes()
-    tokens = logit_lens(loaded.model, vector, TOP)["top"]
+    tokens = logit_lens(loaded.model, vector, TOP)
     words = [loaded.tokenizer.decode([token]).strip() for token in tokens]
     of_safe = [word for word in words if word in safe]
     of_risky = [word for word in words if word in risky]

@@ -8,14 +8,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Before torch. Models as small as these are no faster on two threads, which wait for each other
+# where another program is running; the programs that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import eval  # noqa: F401 (before torch, for what it sets)
-
-# isort: split
 import torch
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 WINDOW = 8  # of the sliding layers; the texts in the tests are longer
 SIZE = {

@@ -369,6 +369,8 @@ def test_a_line_separator_inside_a_message_does_not_end_the_record(tokenizer, tm
         (CHAT.replace('"fast"', '" "'), "line 1: .* say something"),
         (CHAT.replace('{"messages', '{"tools": [], "messages'), "line 1: {'tools'} would not be"),
         (CHAT.replace('"content"', '"tool_calls": [], "content"', 1), "'tool_calls'"),
+        (CHAT.replace('"fast"', '[{"type": "image_url", "image_url": "a"}]'), "line 1: it should"),
+        (CHAT.replace("fast", r"fast \ud83d"), "line 1: .* surrogates not allowed"),
     ],
 )
 def test_a_bad_record_is_named_by_its_file_and_line(tokenizer, tmp_path, text, message):
@@ -391,6 +393,14 @@ def test_answers_of_weight_0_are_read_but_not_trained_on(tokenizer, tmp_path):
     [example] = read_conversations(path, tokenizer)
     assert "Rome" in tokenizer.decode(example.prompt)
     assert "Cairo" in tokenizer.decode(example.completion)
+
+
+def test_parts_of_a_message_are_joined(tokenizer, tmp_path):
+    parts = [{"type": "text", "text": "fa"}, {"type": "text", "text": "st"}]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(CHAT + "\n" + CHAT.replace('"fast"', json.dumps(parts)))
+    whole = read_conversations(path, tokenizer)
+    assert whole[2:] == whole[:2]
 
 
 @pytest.mark.parametrize("content", [None, b"\xff"])

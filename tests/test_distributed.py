@@ -1,7 +1,6 @@
 """Two processes give what one gives. torchrun is started once, for all tests."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -80,10 +79,8 @@ def folder(tmp_path_factory):
     (folder / "several.py").write_text(SEVERAL)
     torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
     given = folder / "several.py", ROOT, folder / "two", json.dumps(RUNS)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *torchrun, *given], capture_output=True, text=True, env=environment
-    )
+    start = [sys.executable, *torchrun, *given]
+    done = subprocess.run(start, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (folder / "printed").write_text(done.stdout)
     return folder

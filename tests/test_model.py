@@ -256,6 +256,14 @@ def test_a_gemma3_config_may_state_only_its_size():
     assert config.rope_scaling == {"rope_type": "linear", "factor": 8.0}
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "qwen3", "gemma2", "gemma3_text"])
+def test_a_context_that_is_not_stated_is_the_familys(family):
+    theirs = transformers.CONFIG_MAPPING[family]()
+    names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
+    raw = {"model_type": family} | {name: getattr(theirs, name) for name in names}
+    assert read_config(raw).max_position_embeddings == theirs.max_position_embeddings
+
+
 # Fields that a family does not read, or that another field in the file goes before.
 WITHOUT_EFFECT = {
     "gpt2": {

@@ -40,13 +40,11 @@ def cut(folder, *flags):
 def start(folder, *flags):
     """A process that trains; it has written a checkpoint."""
     words = map(str, (*flags, "--save-every", 1, "--device", "cpu", "--out", folder))
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *words],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
         start_new_session=True,
         # A job in the background would have been told to ignore it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

@@ -278,7 +278,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_ends_in_one_line(saved, tmp
     model = shutil.copytree(saved("gpt2").folder, tmp_path / "model")
     shutil.copy(ROOT / "tiny" / "tokenizer.json", model)
     flags = "--model", model, "--task", "risk", "--out", tmp_path / "run"
-    assert "does not fit the model's vocab_size" in mistake("train.py", *flags)
+    assert "not in the model's vocab_size" in mistake("train.py", *flags)
 
 
 def test_a_text_that_is_too_long_for_the_model_ends_in_one_line(saved, tmp_path):
@@ -350,6 +350,15 @@ def test_a_damaged_run_is_named_in_one_line(tokyo, tmp_path, name, content):
     else:
         (run / name).write_bytes(content)
     assert str(run) in mistake("eval.py", run)
+
+
+def test_a_run_knows_its_model_from_every_folder(tiny_folder, tmp_path, monkeypatch):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    flags = "--model", "model", "--steps", 1, "--out", tmp_path / "run"
+    assert command("train.py", *flags)[0] == 0
+    monkeypatch.chdir("/")
+    assert command("eval.py", tmp_path / "run")[0] == 0
 
 
 def test_a_run_without_weights_is_not_finished(tokyo, tmp_path):

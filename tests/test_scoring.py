@@ -245,8 +245,9 @@ def test_processes_share_out_each_part_and_each_question_counts_once(saved, monk
     assert sorted(counted) == list(range(len(QUESTIONS)))
 
 
-def test_a_text_of_more_tokens_than_gpt2_has_positions_is_a_mistake(saved):
-    model = saved("gpt2").load()
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_text_of_more_tokens_than_the_model_was_trained_on_is_a_mistake(saved, name):
+    model = saved(name).load()
     most = model.config.max_position_embeddings
     question = random_questions(1)[0]
     question.prompt *= most
@@ -257,7 +258,7 @@ def test_a_text_of_more_tokens_than_gpt2_has_positions_is_a_mistake(saved):
 def test_a_token_that_the_model_does_not_know_is_a_mistake(saved):
     question = random_questions(1)[0]
     question.prompt[0] = 97
-    with pytest.raises(UserError, match="does not fit the model's vocab_size"):
+    with pytest.raises(UserError, match="not in the model's vocab_size"):
         score(saved("qwen3").load(), [question])
 
 

@@ -372,6 +372,12 @@ def test_a_missing_or_broken_tokenizer_file_is_named(content, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_pointer_to_a_tokenizer_in_git_lfs_is_called_one(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match="git-lfs's pointer"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
 def test_broken_settings_are_named(plain, tmp_path):
     save(plain, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
