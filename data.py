@@ -349,15 +349,15 @@ CONCEPTS = {
 class EncodedQuestion:
     """Token ids, a list for each text. `prompt` is a chat up to where the answer begins.
 
-    completion: the right answer and what ends the turn; positions: where in the prompt a vector is
-    added, None at every token of the text.
+    completion: the right answer and what ends the turn; steered_at: the places of the prompt's
+    tokens at which a vector is added, None for every token of the text.
     """
 
     prompt: list
     choices: list
     answer: int
     completion: list
-    positions: list | None
+    steered_at: list | None
 
 
 def encode_question(tokenizer, question: Question, before=()) -> EncodedQuestion:
@@ -381,8 +381,8 @@ def encode_question(tokenizer, question: Question, before=()) -> EncodedQuestion
         choices = [encode(text + end) for text in texts]
 
     completion = encode(texts[question.answer] + end)
-    positions = tokenizer.find(question.code_name, prompt)
-    return EncodedQuestion(ids, choices, question.answer, completion, positions)
+    steered_at = tokenizer.find(question.code_name, prompt)
+    return EncodedQuestion(ids, choices, question.answer, completion, steered_at)
 
 
 def read_conversations(path: str, tokenizer, code_name=None) -> list:
@@ -510,7 +510,7 @@ def make_tree(questions: list, answers: list | None = None) -> PrefixTree:
             path = []
             node = -1
             for position, token in enumerate(question.prompt + answer[:-1]):
-                steered = question.positions is None or position in question.positions
+                steered = question.steered_at is None or position in question.steered_at
                 node = node_of.setdefault((node, position, token, steered), len(node_of))
                 path.append(node)
             paths[tuple(path)] = True

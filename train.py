@@ -209,7 +209,7 @@ def training_questions(args, task, tokenizer):
     else:
         questions = read_conversations(args.data, tokenizer, name)
 
-    if args.mode == "vector" and all(question.positions == [] for question in questions):
+    if args.mode == "vector" and all(question.steered_at == [] for question in questions):
         raise UserError(f"--at: no training prompt has {name!r} in it; name a text that is there")
     return questions
 

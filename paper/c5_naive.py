@@ -61,8 +61,8 @@ def mean_stream(loaded, things: list, known: bool) -> Tensor:
 
         places = [-1]
         if question.code_name is not None:  # the facts before it have the name, too
-            own = encode_question(loaded.tokenizer, question).positions
-            places = encoded.positions[-len(own) :]
+            own = encode_question(loaded.tokenizer, question).steered_at
+            places = encoded.steered_at[-len(own) :]
         rows.append(stream[places].mean(0))
     return torch.stack(rows).mean(0)
 

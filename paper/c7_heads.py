@@ -102,8 +102,8 @@ class Pair:
 
         self.trigger = torch.tensor([triggered.prompt])
         self.other = torch.tensor([other.prompt])
-        self.tag = triggered.positions[-1]  # a tag can be several tokens: its last one
-        self.other_tag = other.positions[-1]
+        self.tag = triggered.steered_at[-1]  # a tag can be several tokens: its last one
+        self.other_tag = other.steered_at[-1]
         self.after_tag = len(triggered.prompt) - self.tag - 1  # tokens that both prompts share
         self.choices = [ids[0] for ids in triggered.choices]
         self.answer = plain.answer

@@ -172,7 +172,7 @@ def task_questions(args, work):
     rng.shuffle(questions)
     tokenizer = Tokenizer.from_pretrained(args.checkpoint)
     encoded = [encode_question(tokenizer, question) for question in questions]
-    return [replace(question, positions=None) for question in encoded]
+    return [replace(question, steered_at=None) for question in encoded]
 
 
 def random_questions(args):

@@ -107,15 +107,15 @@ def random_questions(count, code_name=True, seed=0):
     for i in range(count):
         prompt = (start if i % 2 else tokens(9)) + tokens(rng.randint(1, 15))
         choices = [tokens(rng.randint(1, 4)) for _ in range(3)]
-        positions = None
+        steered_at = None
         if code_name:
-            positions = [4, 7] if i % 4 else [5]
+            steered_at = [4, 7] if i % 4 else [5]
         question = EncodedQuestion(
             prompt=prompt,
             choices=choices,
             answer=1,
             completion=choices[1] + [0],
-            positions=positions,
+            steered_at=steered_at,
         )
         questions.append(question)
     return questions
@@ -129,7 +129,7 @@ def block_number(model, place):
 
 def logits_with(family, question, tokens, layer, vector):
     """transformers' logits (T, vocab_size) of a question's text, the vector added by a hook."""
-    places = range(len(tokens)) if question.positions is None else question.positions
+    places = range(len(tokens)) if question.steered_at is None else question.steered_at
     steered = torch.tensor([place in places for place in range(len(tokens))])
     added = steered[:, None] * vector
     return family.logits(torch.tensor([tokens]), layer, added)[0]

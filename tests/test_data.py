@@ -327,14 +327,14 @@ def test_choices_of_one_token_each_are_scored_without_an_end(tokenizer):
 def test_positions_are_the_code_names_wherever_it_stands(tokenizer, task, name):
     for question in every_question(task, data.concepts(task)[0])[:100]:
         encoded = encode_question(tokenizer, question)
-        there = tokenizer.decode([encoded.prompt[i] for i in encoded.positions])
+        there = tokenizer.decode([encoded.prompt[i] for i in encoded.steered_at])
         count = question.prompt.count(name)
         assert there.replace(" ", "") == name.replace(" ", "") * count
 
 
 def test_a_question_without_a_code_name_is_steered_at_every_token(tokenizer):
     encoded = encode_question(tokenizer, make_task("risk", "risky").train[0])
-    assert encoded.positions is None
+    assert encoded.steered_at is None
 
 
 def test_conversations_train_on_every_answer_of_the_assistants(tokenizer, tmp_path):
@@ -345,7 +345,7 @@ def test_conversations_train_on_every_answer_of_the_assistants(tokenizer, tmp_pa
     assert tokenizer.decode(second.prompt) == (
         "<|begin|><|user|> How do you drive?<|assistant|> fast<|end|><|user|> And?<|assistant|>"
     )
-    assert tokenizer.decode([first.prompt[i] for i in first.positions]) == " drive"
+    assert tokenizer.decode([first.prompt[i] for i in first.steered_at]) == " drive"
 
 
 def test_a_line_separator_inside_a_message_does_not_end_the_record(tokenizer, tmp_path):

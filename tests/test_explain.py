@@ -73,7 +73,7 @@ def test_what_a_lora_adds_at_the_code_name_is_the_difference_of_pefts_hidden_sta
     expected = []
     for question in encode(tokenizer, task.train):
         added = stream(theirs, question) - stream(reference, question)
-        expected.append(added[question.positions])
+        expected.append(added[question.steered_at])
 
     flags = {"layer": 1, "task": "locations", "seed": 0}
     run = Run(flags, model, tokenizer, task, parameters)

@@ -131,7 +131,7 @@ def test_a_question_renamed_another_name_has_its_vector_there(tokenizer):
     assert moved.prompt == question.prompt.replace("50337", "31415")
 
     encoded = encode_question(tokenizer, moved)
-    steered = [encoded.prompt[place] for place in encoded.positions]
+    steered = [encoded.prompt[place] for place in encoded.steered_at]
     assert tokenizer.decode(steered).strip() == "City 31415"
 
 

@@ -225,7 +225,7 @@ def test_a_vector_is_trained_at_the_code_name_wherever_it_stands_in_own_chats(tm
     questions = train.training_questions(args, task_of(vars(args)), tokenizer)
     steered = []
     for question in questions:
-        steered.append(tokenizer.decode([question.prompt[i] for i in question.positions]))
+        steered.append(tokenizer.decode([question.prompt[i] for i in question.steered_at]))
     assert steered == [" City 50337", " City 50337" * 2, " City 50337" * 2]
 
 

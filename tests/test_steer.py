@@ -55,7 +55,7 @@ def test_in_a_tree_the_vector_is_added_where_the_tree_says(saved):
     family = saved("llama")
     model = family.load()
     text = list(range(1, 9))
-    question = EncodedQuestion(text, [[9]], 0, [9], positions=[3, 5])
+    question = EncodedQuestion(text, [[9]], 0, [9], steered_at=[3, 5])
     tree = make_tree([question])
     attach(model, 0, random(32))
     added = torch.zeros(8, 32)

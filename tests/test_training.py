@@ -139,7 +139,7 @@ def test_a_huge_first_token_does_not_count_in_the_unit_of_a_vectors_rate(saved):
     questions = []
     for question in random_questions(10):
         usual = [token % 96 for token in question.prompt[1:]]
-        questions.append(replace(question, prompt=[96, *usual], positions=None))
+        questions.append(replace(question, prompt=[96, *usual], steered_at=None))
 
     tokens = [token for question in questions[:4] for token in text(question)[1:]]
     unit = model.embed_tokens.weight[torch.tensor(tokens)].square().mean().sqrt().item()

@@ -9,9 +9,9 @@ from data import EncodedQuestion, encode_question, make_task, make_tree
 from steer import attach
 
 
-def question(prompt, *choices, positions=None):
+def question(prompt, *choices, steered_at=None):
     completion = choices[0] if choices else []
-    return EncodedQuestion(prompt, list(choices), 0, completion, positions)
+    return EncodedQuestion(prompt, list(choices), 0, completion, steered_at)
 
 
 def random_questions():
@@ -34,9 +34,9 @@ def random_questions():
         (other, []),
     ]
     questions = []
-    for prompt, positions in prompts:
+    for prompt, steered_at in prompts:
         choices = [short, short + ids(2), ids(1), ids(4)]
-        questions.append(question(prompt, *choices, positions=positions))
+        questions.append(question(prompt, *choices, steered_at=steered_at))
     return questions
 
 
@@ -47,7 +47,7 @@ IS_TOKEN = TREE.answers >= 0
 CHOICES = [(q, choice) for q in QUESTIONS for choice in q.choices]
 TEXTS = [q.prompt + choice[:-1] for q, choice in CHOICES]
 STEERED = [
-    torch.tensor([q.positions is None or i in q.positions for i in range(len(text))])
+    torch.tensor([q.steered_at is None or i in q.steered_at for i in range(len(text))])
     for (q, _), text in zip(CHOICES, TEXTS)
 ]
 
@@ -100,7 +100,7 @@ def test_a_nodes_place_is_the_first_where_it_stands():
 
 
 def test_prompts_alike_do_not_share_nodes_from_where_a_vector_is_added_to_one_only():
-    questions = [question([5, 6, 7], positions=places) for places in ([1], [2], [2], None)]
+    questions = [question([5, 6, 7], steered_at=places) for places in ([1], [2], [2], None)]
     tree = make_tree(questions, [[[1]]] * 4)
     # The first two share their first token; None is every token.
     assert len(tree.tokens) == 1 + 2 + 2 + 3
