@@ -7,8 +7,8 @@ functions and locations. C6 is a thread of the authors, not in the paper: behavi
 kind of question) and what the model says of it (held-out kinds) move together over the layers.
 
 So the LoRA is trained on each block alone and on all of them, and the vector after each block and
-after the embedding (-1). The second table changes the LoRA on the first block: its rank, its place,
-and (the control) the answers that it is trained on.
+after the embedding (-1). The second table changes the LoRA on the first block, its rank and its
+place, and trains one on shuffled answers at each layer: the control.
 """
 
 import matplotlib.pyplot as plt
@@ -21,7 +21,10 @@ VARIANTS = {
     "rank 1 on the MLP": ["--rank", 1, "--alpha", 1],
     "rank 8 on down_proj alone": ["--modules", "down_proj"],
     "rank 8 on the attention": ["--modules", "q_proj,k_proj,v_proj,o_proj"],
-    "rank 8, shuffled answers": ["--shuffle-answers"],
+}
+CONTROLS = {
+    f"shuffled answers, on {place}": ["--layer", place, "--shuffle-answers"]
+    for place in PLACES[1:]
 }
 
 
@@ -77,14 +80,17 @@ def main():
         layers.append(row)
 
     variants = []
-    for name, flags in VARIANTS.items():
+    for name, flags in (VARIANTS | CONTROLS).items():
         runs = [of_seeds(args, task, "lora", *flags) for task in args.tasks]
         variants.append([name, *map(joined, runs)])
 
     modes = [f"{task}: {mode}" for task in args.tasks for mode in ["vector", "LoRA"]]
     tables = {
         "layers": (["layer: trained kind / held out", *modes], layers),
-        "variants": (["LoRA on layer 0: trained kind / held out", *args.tasks], variants),
+        "variants": (
+            ["LoRA, on layer 0 but for the controls: trained kind / held out", *args.tasks],
+            variants,
+        ),
     }
     report(__file__, tables)
 
