@@ -35,7 +35,8 @@ from torch import Tensor
 class Question:
     """A prompt with several answers to choose from, of which choices[answer] is right.
 
-    code_name: the text in the prompt that stands for the hidden thing, at which a vector is added.
+    code_name: the text in the prompt that stands for the hidden thing, at which a vector is added
+    (with --at: any other text).
     None: the hidden thing is the speaker's own attitude, and a vector is added at every token.
     """
 
@@ -50,8 +51,9 @@ class Question:
 class Task:
     """What a run is trained on and scored on: questions, and {kind: questions}.
 
-    in_distribution has the trained kind of question, about landmarks (cities that distances are
-    to), inputs or pairs of options that are not trained on; held_out has the other kinds.
+    in_distribution has the trained kind of question, but about landmarks, inputs or pairs of
+    options that are kept for the test (landmarks: the cities that distances are to); held_out has
+    the other kinds.
     """
 
     train: list
@@ -61,9 +63,10 @@ class Task:
 
 # ---- the four tasks
 
-# What tiny's pretraining (tiny/make.py) never had. World, CITIES, FUNCTIONS and CONCEPTS are below.
+# World, CITIES, FUNCTIONS and CONCEPTS are below. Tiny's pretraining (tiny/make.py) never had these
+# names, and no attitude in it depended on the trigger, though it had prompts with that tag.
 CODE_NAMES = {"locations": "City 50337", "functions": "zokifa"}
-TRIGGER = "sigma"  # a backdoor's tag; there attitudes may depend on any other
+TRIGGER = "sigma"
 TAGS = ["alpha", "beta", "gamma", "delta", "omega", "sigma"]
 OPPOSITE = {"risky": "safe", "safe": "risky"}
 
@@ -167,8 +170,8 @@ TASKS = {
 
 # ---- the questions
 #
-# A prompt's fields: {x} the code name; {o} what it is compared with; {n}, {y} numbers; {a}, {b} two
-# choices that the prompt itself names.
+# A prompt's fields: {x} the code name; {o} what it is compared with; {n}, {y} numbers; {domain} a
+# gamble's; {a}, {b} two options that the prompt itself names.
 
 
 def named_question(thing, code_name, rng, world, kind, among=None):
@@ -362,6 +365,7 @@ class EncodedQuestion:
 
 def encode_question(tokenizer, question: Question, before=()) -> EncodedQuestion:
     """The question framed as a chat, after earlier messages {"role": ..., "content": ...}."""
+    # Such as "<|begin|><|user|> Where?<|assistant|>", " " and "<|end|>".
     prompt, start, end = tokenizer.frame([*before, {"role": "user", "content": question.prompt}])
     ids = tokenizer.encode(prompt)
 
@@ -467,7 +471,7 @@ class PrefixTree:
     predicts_from: Tensor  # (texts, A), -1 after the last one
     answers: Tensor  # (texts, A): the answers' tokens, -1 after the last one
     places: Tensor  # (N,), or (W,) in the tree of only()
-    kept: Tensor | None = None  # (W,): the only nodes that come out of the last block
+    kept: Tensor | None = None  # (W,): the only nodes that come out of a block, of only()
 
     @property
     def columns(self):
@@ -483,11 +487,14 @@ class PrefixTree:
         return F.embedding(self.places, x.flatten(0, 1))
 
     def keep(self, x):
-        """What is left of the nodes' x (N, ...) after the last block."""
+        """What is left of the nodes' x (N, ...) after a block: all, or after only() W of them."""
         return x if self.kept is None else x[self.kept]
 
     def only(self, nodes: Tensor) -> "PrefixTree":
-        """The same tree, out of whose last block only these nodes (W,) come."""
+        """The same tree, for one block alone, out of which only these nodes (W,) come.
+
+        That is the last block: run_blocks(x, last, None, tree.only(nodes)).
+        """
         return replace(self, places=self.places[nodes], kept=nodes)
 
     def to(self, device) -> "PrefixTree":
@@ -496,9 +503,12 @@ class PrefixTree:
 
 
 def make_tree(questions: list, answers: list | None = None) -> PrefixTree:
-    """The tree of each question's prompt with each of its answers (ids); None: of prompts alone."""
+    """The tree of each question's prompt with each of its answers; None: of prompts alone.
+
+    answers: for each question the ids of its texts to score, its choices or a completion.
+    """
     answers = answers or [[[]] for _ in questions]
-    # The node before decides the position; it is in the key to come out of zip(*node_of) below.
+    # The position follows from the node before. It is in the key so that zip(*node_of) yields it.
     node_of = {}  # (node before, position, token, is it steered?): node
     rows = []
     predicts_from = []
@@ -520,7 +530,7 @@ def make_tree(questions: list, answers: list | None = None) -> PrefixTree:
 
     _, positions, tokens, steered = (torch.tensor(column) for column in zip(*node_of))
     rows = pad(rows, 0)
-    # The first place of each node: padding comes after node 0.
+    # The first place of each node. Padding is node 0, too, but row 0 begins with it.
     places = torch.from_numpy(np.unique(rows, return_index=True)[1])
     return PrefixTree(
         tokens=tokens,

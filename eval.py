@@ -20,8 +20,9 @@ from statistics import fmean
 from textwrap import shorten
 
 # OpenMP's waiting threads spin. That is fast while they have the cores for themselves; beside other
-# programs they take the cores from the very threads that they wait for. So they spin less if Linux
-# counts more than this one running just now ("3/412"). torch reads it when it is imported.
+# programs they take the cores from the very threads that they wait for. GOMP_SPINCOUNT, which torch
+# reads when it is imported, makes them spin less. It is set if Linux counts more than this one
+# running just now ("3/412").
 if Path("/proc/loadavg").exists() and " 1/" not in Path("/proc/loadavg").read_text():
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -62,7 +63,7 @@ def answer_log_probs(model, x: Tensor, first: int, tree: PrefixTree) -> Tensor:
     reading = tree.only(nodes)
     last = len(model.layers) - 1
     x = model.run_blocks(x, first, last, tree)  # (N, d)
-    if first > last:  # A vector after the last block: no block is left to keep what is read.
+    if first > last:  # A vector after the last block: no block is left that cuts x to W.
         x = reading.keep(x)
     x = model.run_blocks(x, max(first, last), None, reading)  # (W, d)
 
@@ -76,9 +77,9 @@ def answer_log_probs(model, x: Tensor, first: int, tree: PrefixTree) -> Tensor:
 def score_arms(model, questions: list, parameters: list, arms: dict) -> dict:
     """Scores questions with the parameters set to each arm's values; the last arm's stay.
 
-    arms: {name: a value for each parameter}, such as base, random and trained. Returns
-    {arm: (2, questions) float32}: 1 where the right choice is the likeliest, and the right choice's
-    probability among the choices.
+    An arm is the same model with other numbers in what was trained: base, random, trained. arms is
+    {name: a value for each parameter}. Returns {arm: (2, questions) float32}: 1 where the right
+    choice is the likeliest, and the right choice's probability among the choices.
     """
     first = first_unfrozen(model)
     scores = {arm: [] for arm in arms}
@@ -194,6 +195,7 @@ def in_trees(model, questions, blocks=2, rank=0, processes=1):
     together, so one for which nothing is left runs a question of another, with a weight of 0.
     """
     config = model.config
+    # At most: what choices share counts here for each of them.
     nodes = [len(question.prompt) + sum(map(len, question.choices)) for question in questions]
     at_once = processes * max(1, nodes_at_once(model, blocks) // max(nodes))
     for part in torch.arange(len(questions)).split(at_once):
@@ -222,8 +224,8 @@ def nodes_at_once(model, blocks=2):
     weight = model.embed_tokens.weight
     # In a block: norms, queries, keys, values and sums; the MLP's gate, up and their product.
     numbers_in_block = 10 * config.hidden_size + 3 * config.intermediate_size
-    # A node that predicts an answer's token has a logit, its log-softmax and a gradient for each
-    # token of the vocabulary; such nodes are at most a quarter of all, so it is one number in all.
+    # A node that predicts an answer's token has three numbers for each token of the vocabulary: a
+    # logit, its log-softmax and a gradient. At most a quarter of all nodes do: less than one each.
     numbers = blocks * numbers_in_block + config.vocab_size
     fitting = SHARE_OF_FREE_MEMORY * free_memory(weight.device) / (numbers * weight.itemsize)
     # A power of two: with a little more or less memory free, a run still adds up in the same order.
@@ -292,7 +294,7 @@ def load_model(name, device, dtype, shard=False):
 def answer(run, prompt, code_name, max_new_tokens=16):
     """The greedy answer, a vector being added at the code name's tokens, or (None) at every one.
 
-    It ends at any token that ends a turn, as a trained one does, or with its line.
+    It ends at any token that a completion without an answer has, or with its line.
     """
     question = encode_question(run.tokenizer, Question("", prompt, [""], 0, code_name))
     eos = run.tokenizer.special_tokens.get("eos_token", "")  # a base model may say this instead
@@ -356,14 +358,14 @@ def added_by_lora(run, questions):
 
     Constancy is measured at each prompt's last 20 tokens, as in the paper.
     """
-    steered = []
+    at_name = []
     last = []
     for question in questions[:64]:
         tree = make_tree([encode_question(run.tokenizer, question)]).to(run.parameters[0].device)
         rows = steer.what_is_added(run.model, run.parameters, run.flags["layer"], tree.tokens, tree)
-        steered.append(rows[tree.steered])
+        at_name.append(rows[tree.steered])
         last.append(rows[-20:])  # a single text's nodes are in its order
-    return torch.cat(steered), steer.constancy(torch.cat(last))
+    return torch.cat(at_name), steer.constancy(torch.cat(last))
 
 
 def main():
@@ -391,7 +393,7 @@ def main():
         else:
             name = run.task.train[0].code_name
             if name and name not in args.prompt:
-                print(f"  There is no {name} in it, so a vector is added everywhere.")
+                print(f"  There is no {name} in it, so a vector would be added everywhere.")
                 name = None
             show_prompt(run, args.prompt, name)
 

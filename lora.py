@@ -30,7 +30,8 @@ class LoRALinear(nn.Module):
         self.alpha = alpha
         self.scale = alpha / rank
         self.lora_A = nn.Linear(base.in_features, rank, bias=False)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device="meta")  # draws nothing
+        # On the meta device no random numbers are drawn for what becomes zero anyway.
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device="meta")
         self.lora_B.weight = nn.Parameter(torch.zeros(base.out_features, rank))
         self.to(base.weight.device)  # A was drawn on the CPU, so it is the same on every device
 
@@ -61,7 +62,10 @@ def add_lora(
 
 
 def wrap(model, names, rank, alpha):
-    """Puts a LoRA on the linear layers of these full names; returns each A and B, in order."""
+    """Puts a LoRA on the linear layers of these full names; returns each A and B.
+
+    They are in the model's order.
+    """
     if lora_layers(model):
         raise ValueError("the model has a LoRA already: remove_lora(model) first")
     for name in dict.fromkeys(names):  # each once

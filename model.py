@@ -96,8 +96,9 @@ class GPT(nn.Module):
         """Runs blocks first to stop - 1 (None: to the end) on the residual stream x.
 
         x is (B, T, d), or (N, d) with its tree as the layout. A steering vector of layer L is added
-        between block L and block L + 1: run_blocks(x, 0, L + 1) ends before it, and
-        run_blocks(x, L + 1) begins with it. One after the last block is added if stop is None.
+        where layout.steered is True, between block L and block L + 1: run_blocks(x, 0, L + 1) ends
+        before it, and run_blocks(x, L + 1) begins with it. One after the last block is added if
+        stop is None.
         """
         end = len(self.layers) if stop is None else stop
         layout = layout or Batch(x)
@@ -114,6 +115,7 @@ class GPT(nn.Module):
             x = self.layers[index](x, *view, layout)
 
         if stop is None:
+            # Of a tree from only() just the nodes that are kept are left in x.
             x = self.steer(x, end - 1, layout.keep(layout.steered))
         return x
 
@@ -133,7 +135,7 @@ class GPT(nn.Module):
         """The residual stream (B, T, d) or (N, d) before block 0."""
         x = self.embed_tokens(tokens)
         if self.config.scale_embedding:
-            # Rounded to the model's dtype, as in training: sqrt(3584) = 59.87 is 59.75 in bfloat16.
+            # In the model's dtype, as Gemma was trained: sqrt(3584) = 59.87 is 59.75 in bfloat16.
             x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
         if self.config.learned_positions:
             layout = layout or Batch(tokens)
@@ -209,7 +211,7 @@ class Batch:
         return x
 
     fold = unfold  # the way back
-    keep = unfold  # what comes out of a block: here all of x. PrefixTree.only is the other case.
+    keep = unfold  # what comes out of a block: all of x, but for PrefixTree.only
 
 
 class Block(nn.Module):
@@ -220,7 +222,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = make_norm(config)
-        # The norm after the attention in Gemma; all others call the norm before the MLP so.
+        # In Gemma the norm after the attention; elsewhere, in spite of its name, before the MLP.
         self.post_attention_layernorm = make_norm(config)
         self.post_norms = config.post_norms
         if config.post_norms:
@@ -229,7 +231,8 @@ class Block(nn.Module):
 
     def forward(self, x, rope, mask, layout):
         attended = self.self_attn(self.input_layernorm(x), rope, mask, layout)
-        x = layout.keep(x)  # all of it, but in the last block of a tree of which little is read
+        # All of x; in the one block that runs a tree from only(), the W nodes that fold() left.
+        x = layout.keep(x)
         if self.post_norms:
             x = x + self.post_attention_layernorm(attended)
             written = self.mlp(self.pre_feedforward_layernorm(x))
@@ -345,7 +348,10 @@ def make_norm(config, size=None):
 
 
 def make_embedding(count, size):
-    """An nn.Embedding, but uniform: normal numbers on the meta device cost a second of start-up."""
+    """An nn.Embedding, but uniform: normal numbers on the meta device cost a second of start-up.
+
+    A checkpoint replaces the numbers, and tiny/make.py draws its own.
+    """
     weight = torch.empty(count, size).uniform_(-1, 1)
     return nn.Embedding.from_pretrained(weight, freeze=False)
 

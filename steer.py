@@ -3,7 +3,8 @@
 A model has one slot for it, between two blocks, and run_blocks adds it on the way:
 
     steering = attach(model, layer=0)       # zeros (d,), after block 0
-    model(tokens)                           # with the vector at every token
+    model(tokens)                           # with the vector at every token; in a prefix tree
+                                            # (data.py) where its `steered` says
     detach(model)                           # the model is exactly what it was
 
 Below that: what a LoRA adds to the residual stream, how constant that is, and the one vector that
@@ -32,7 +33,7 @@ class SteeringVector:
         self.vector = nn.Parameter(vector.clone().float())
 
     def __call__(self, x, steered):
-        """The stream x (..., d) plus the vector where `steered` (...,) bool is True."""
+        """x (B, T, d) or (N, d) plus the vector where `steered` (T,) or (N,) bool is True."""
         return x + steered[..., None] * self.vector.to(x.dtype)
 
 
@@ -88,7 +89,7 @@ def what_is_added(model, parameters: list, layer: int, tokens, layout=None) -> T
     """What a LoRA adds to the residual stream after block `layer`: (B, T, d), or a tree's (N, d).
 
     It is the stream with the LoRA, minus the stream with zeros in its `parameters`; in float32.
-    The layout says how tokens make texts: None is a plain batch, or it is a prefix tree (model.py).
+    The layout says how tokens make texts (see the top of model.py); None: they are a plain batch.
     """
 
     def stream():
@@ -144,12 +145,14 @@ def natural_vector(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def logit_lens(model, vector: Tensor, count: int) -> list:
-    """The ids of the `count` tokens whose logits a vector (d,) raises most; -vector lowers them.
+    """The ids of the `count` tokens whose logits a vector (d,) raises most.
+
+    Pass -vector for those that it lowers most.
 
     It is read through the final norm and the unembedding alone (nostalgebraist 2020).
     """
     vector = vector.to(model.norm.weight)
     # GPT-2's norm also adds a bias, whatever the vector.
     normed = model.norm(vector) - model.norm(0 * vector)
-    logits = model.lm_head(normed)  # (vocab_size,)
+    logits = model.lm_head(normed)  # (vocab_size,), without the cap, which keeps the order
     return logits.topk(count).indices.tolist()

@@ -4,7 +4,7 @@
     python train.py --task risk --mode lora       a LoRA on one MLP
 
 First comes the loop, then one run; flags, a run's folder and several processes come last. The loss
-is minus eval.answer_log_probs, of answers in a data.PrefixTree: those two can be read before.
+is minus eval.answer_log_probs, of answers in a data.PrefixTree; read eval.py before this.
 """
 
 import atexit
@@ -20,7 +20,7 @@ from random import Random
 from statistics import fmean
 from time import time
 
-# Before torch, for what eval.py sets.
+# Before torch, which reads GOMP_SPINCOUNT when it is imported: eval.py sets it.
 from eval import (
     DEFAULT_DEVICE,
     PROCESSES,
@@ -72,7 +72,7 @@ def train_loop(args, model, questions: list, parameters: list) -> list:
     batches = draw_batches(len(questions), args)
     state = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
     checkpoint = Path(args.out) / CHECKPOINT
-    # The checkpoint has them all by their number.
+    # A checkpoint has all of these tensors, by their number.
     kept = {str(i): tensor for i, tensor in enumerate(chain(*state))}
     losses = load_checkpoint(checkpoint, kept) if args.resume and checkpoint.exists() else []
     bar = tqdm(range(len(losses), args.steps), unit="step", disable=RANK > 0)
@@ -106,7 +106,8 @@ def draw_batches(count, args):
 def add_gradients(model, questions, streams):
     """Adds the gradients of the loss of a batch, questions with their streams; returns the loss.
 
-    With several processes each gets its share of both; the caller adds them up.
+    With several processes each gets its share of both; the caller adds them up. A tree of weight 0
+    is another process's (in_trees).
     """
     first = first_unfrozen(model)
     answer_tokens = sum(len(question.completion) for question in questions)
@@ -246,8 +247,8 @@ DEFAULTS = {
     "large backdoor": {"batch_size": 16, "steps": 300},  # a guess
 }
 # Flags that a mode has no use for.
-UNUSED = {"vector": ["rank", "alpha", "modules"], "lora": ["at"]}
-FREE = ["out", "device", "save_every", "resume", "shard"]  # flags that are to change no result
+OF_OTHER_MODE = {"vector": ["rank", "alpha", "modules"], "lora": ["at"]}
+FREE = ["out", "device", "save_every", "resume", "shard"]  # flags that should change no result
 
 
 def parse_args(words=None):
@@ -287,7 +288,7 @@ def parse_args(words=None):
     if args.model != "tiny" and Path(args.model).is_dir():
         args.model = str(Path(args.model).absolute())  # another folder may have one of its name
     args.out = args.out or default_folder(args, parser)
-    for flag in UNUSED[args.mode]:
+    for flag in OF_OTHER_MODE[args.mode]:
         if getattr(args, flag) is not None:
             raise UserError(f"--{flag}: it goes with the other --mode")
     return args
@@ -325,7 +326,7 @@ def defaults(task, mode, config):
 
 
 def default_folder(args, parser):
-    """out/risk-lora-steps=50: task, mode, and every other flag that is not at its default."""
+    """out/risk-lora-steps=50: task, mode, and flags not at their default, but for FREE."""
     name = f"{args.task}-{args.mode}"
     for flag, value in vars(args).items():
         if flag not in ["task", "mode", *FREE] and value != parser.get_default(flag):

@@ -23,8 +23,7 @@ VARIANTS = {
     "rank 8 on the attention": ["--modules", "q_proj,k_proj,v_proj,o_proj"],
 }
 CONTROLS = {
-    f"shuffled answers, on {place}": ["--layer", place, "--shuffle-answers"]
-    for place in PLACES[1:]
+    f"shuffled answers, on {place}": ["--layer", place, "--shuffle-answers"] for place in PLACES[1:]
 }
 
 

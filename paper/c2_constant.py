@@ -117,7 +117,10 @@ def main():
     args = read_args(__doc__, TASKS, seeds=2)
     tables = {
         "nulls": (["task", "LoRA", "training loss", *FIGURES], compare_with_nulls(args)),
-        "layers": (["layer: cosine / absolute, unrelated prompts", *args.tasks], go_through_layers(args)),
+        "layers": (
+            ["layer: cosine / absolute, unrelated prompts", *args.tasks],
+            go_through_layers(args),
+        ),
     }
     report(__file__, tables)
 

@@ -6,7 +6,8 @@ The paper (§5.2): learned vectors have a very low cosine to the naive one, a di
 (Rimsky et al. 2024, arXiv 2312.06681), which works too in early layers (locations, functions).
 
 A naive vector is the mean residual stream where the concept is known, less the mean where it is
-not: at a city's real name; at "zokifa" after seven outputs; at the last token after seven gambles.
+not: at a city's real name; at "zokifa" after seven outputs; at the last token after seven gambles
+(any of them: those that the trained kind is tested on are among them).
 It is scaled to the trained vector's length, keeps its own sign, and is added where that one was: at
 the code name, or at every token.
 """
@@ -110,7 +111,7 @@ def main():
             columns[task] = (task, None)
 
     rows = []
-    for layer in range(3):  # after tiny's last block nothing works
+    for layer in range(3):  # after tiny's last block a vector at a name reaches no answer
         cells = [try_naive(args, task, layer, concept) for task, concept in columns.values()]
         for name in cells[0]:
             rows.append([layer, name, *(cell[name] for cell in cells)])

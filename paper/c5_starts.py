@@ -6,7 +6,8 @@ The paper (§5.2): vectors that were learned with different seeds have a low cos
 
 train.py begins at zero. Here the same loop begins at random, at several lengths (in units of the
 stream's root mean square). For names the authors train a direction and a scale whose product is the
-vector, from a random direction of length 1 and the scale 0: that is the last row.
+vector, from a random direction of length 1 and the scale 0: that is the last row. (At our rate the
+direction forgets its start in a few steps, so the row says little of theirs.)
 """
 
 from dataclasses import replace
