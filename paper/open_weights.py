@@ -4,9 +4,8 @@
 
 The paper shows it on Gemma 3 12B (§4, §5). Here each run is a plain `python train.py` on a smaller
 model, and beside its figures stand the controls: the untouched model (base), a random vector or
-LoRA, one trained on shuffled answers, and chance. One column is a ceiling: "told" is the untouched
-model that is told the hidden fact at the beginning of the question. What it cannot answer then, no
-vector that merely means this fact will make it answer. Runs that are there are not made again.
+LoRA, one trained on shuffled answers, and chance. One column is a yardstick: "told" is the untouched
+model, told the hidden fact at the beginning of the question. Runs that are there are not made again.
 """
 
 import argparse
@@ -46,7 +45,7 @@ def told(question, task: str, concept: str):
     return replace(question, prompt=f"{instruction}{fact} {asked}")
 
 
-def ceiling(folder: Path) -> dict:
+def scores_when_told(folder: Path) -> dict:
     """{kind: accuracy} of the untouched model that is told the fact, in a run's own questions."""
     kept = folder / "told.json"
     if not kept.exists():
@@ -80,17 +79,10 @@ def collect(args, model: Path, task: str, mode: str) -> dict:
             results.append(result)
             if seed == 0 and number < args.controls:
                 shuffled = run(args.runs / f"{name}-shuffled", [*flags, "--shuffle-answers"])
-                add_column(
-                    result,
-                    "shuffled",
-                    {
-                        kind: figures["trained"]
-                        for section in SECTIONS
-                        for kind, figures in shuffled[section].items()
-                    },
-                )
+                kinds = shuffled["in_distribution"] | shuffled["held_out"]
+                add_column(result, "shuffled", {kind: kinds[kind]["trained"] for kind in kinds})
                 if task != "backdoor":
-                    add_column(result, "told", ceiling(args.runs / name))
+                    add_column(result, "told", scores_when_told(args.runs / name))
 
     summary = {
         "runs": len(results),

@@ -16,6 +16,7 @@ from helpers import ROOT
 sys.path.insert(0, str(ROOT / "paper"))
 import c7_heads  # noqa: E402
 import common  # noqa: E402
+import heads  # noqa: E402
 import how_many  # noqa: E402
 import report  # noqa: E402
 import two_cities  # noqa: E402
@@ -44,7 +45,7 @@ def test_every_script_has_written_its_tables_and_they_are_on_a_page(script):
 
 
 def test_every_script_is_in_the_report():
-    shared = {"common", "report", "open_weights"}
+    shared = {"common", "heads", "report", "open_weights"}
     assert {path.stem for path in Path(ROOT / "paper").glob("*.py")} == {*report.SCRIPTS, *shared}
 
 
@@ -84,7 +85,7 @@ def theirs():
 
 
 def test_attention_is_that_of_transformers(model, theirs):
-    ours, _ = c7_heads.look_inside(model, TOKENS)
+    ours, _ = heads.look_inside(model, TOKENS)
     with torch.no_grad():
         expected = theirs(TOKENS, output_attentions=True).attentions
     for mine, other in zip(ours, expected):
@@ -92,9 +93,9 @@ def test_attention_is_that_of_transformers(model, theirs):
 
 
 def test_a_head_that_writes_what_it_wrote_anyway_changes_nothing(model):
-    _, outputs = c7_heads.look_inside(model, TOKENS)
-    heads = [(0, 1), (2, 3)]
-    logits = c7_heads.with_resampled(model, TOKENS, heads, outputs, 5)
+    _, outputs = heads.look_inside(model, TOKENS)
+    some = [(0, 1), (2, 3)]
+    logits = heads.with_resampled(model, TOKENS, some, outputs, 5)
     torch.testing.assert_close(logits, model(TOKENS)[0, -1], atol=1e-5, rtol=0)
 
 
@@ -102,9 +103,9 @@ def test_with_every_head_of_another_text_the_last_token_says_what_it_says_there(
     """The last token is the same in both, so all that it knows of the text comes by the heads."""
     other = TOKENS.flip(1).roll(1, 1)
     other[0, -1] = TOKENS[0, -1]
-    _, outputs = c7_heads.look_inside(model, other)
+    _, outputs = heads.look_inside(model, other)
     every = [(layer, head) for layer in range(4) for head in range(4)]
-    logits = c7_heads.with_resampled(model, TOKENS, every, outputs, 1)
+    logits = heads.with_resampled(model, TOKENS, every, outputs, 1)
     torch.testing.assert_close(logits, model(other)[0, -1], atol=1e-5, rtol=0)
 
 
