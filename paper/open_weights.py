@@ -4,8 +4,8 @@
 
 The paper shows it on Gemma 3 12B (§4, §5). Here each run is a plain `python train.py` on a smaller
 model, and beside its figures stand the controls: the untouched model (base), a random vector or
-LoRA, one trained on shuffled answers, and chance. One column is a yardstick: "told" is the untouched
-model, told the hidden fact at the beginning of the question. Runs that are there are not made again.
+LoRA, one trained on shuffled answers, and chance. A yardstick beside them: "told" is the untouched
+model, told the hidden fact at the beginning of the question. Runs that are there are kept.
 """
 
 import argparse
