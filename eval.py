@@ -104,9 +104,10 @@ def score_arms(model, questions: list, parameters: list, arms: dict) -> dict:
 @torch.no_grad()
 def arm_values(parameters: list, seed: int) -> dict:
     """What the vector, or the LoRA's A and B, hold in each arm. With zeros it is the base model."""
+    random = [random_like(p, 1000 * seed + i) for i, p in enumerate(parameters)]
     return {
         "base": [torch.zeros_like(p) for p in parameters],
-        "random": [random_like(p, 1000 * seed + i) for i, p in enumerate(parameters)],
+        "random": random,
         "trained": [p.clone() for p in parameters],
     }
 
