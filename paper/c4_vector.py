@@ -89,15 +89,18 @@ def compare(args, task: str, concept: str | None) -> list:
 
 def every_concept(args, task: str) -> list:
     """A row of the second table: one run for each city or function."""
-    found = {
-        concept: trained_and_held_out(results_of(train(args, task, "vector", 0, concept=concept)))
-        for concept in concepts(task)
-    }
+    found = {}
+    bases = []
+    for concept in concepts(task):
+        results = results_of(train(args, task, "vector", 0, concept=concept))
+        found[concept] = trained_and_held_out(results)
+        bases.append(kind_mean(results, column="base"))
+
     trained, held_out = spreads(list(found.values()))
     worst_trained = min(trained for trained, _ in found.values())
     worst = sorted(found, key=lambda concept: found[concept][1])[:4]
     named = ", ".join(f"{concept} {found[concept][1]:.2f}" for concept in worst)
-    return [task, len(found), trained, worst_trained, held_out, named]
+    return [task, len(found), trained, worst_trained, spread(bases), held_out, named]
 
 
 def main():
@@ -116,7 +119,8 @@ def main():
     controls = ["chance", "base", "random vector", "shuffled answers"]
     methods = ["**vector**", "P(right)", "greedy", "**LoRA**"]
     headings = ["task", "kinds", "questions", *controls, *methods]
-    of_every = ["task", "concepts", "trained kind", "worst", "held out", "the worst, held out"]
+    named = ["trained kind", "worst", "base, held out", "held out", "the worst, held out"]
+    of_every = ["task", "concepts", *named]
     held_out = [[row[0], *row[2:]] for row in main_rows if row[1] == "held out"]  # for README
     tables = {
         "main": (headings, main_rows),
