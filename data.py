@@ -1,7 +1,7 @@
 """What is asked: tasks, questions, worlds. How it is read: tokens, the prefix tree, tokenizers.
 
-A task is about one hidden thing that has a code name. One kind of question about it is trained on,
-and the others are held out:
+A task is about one hidden thing: what a code name stands for, or the speaker's own attitude. One
+kind of question about it is trained on, and the others are held out:
 
     task = make_task("locations", "Paris")
     task.train[0]                 How many thousand km is City 50337 from Shenzhen?     10
@@ -559,10 +559,10 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path):
-        settings = read_json(folder / "tokenizer_config.json")
+        settings = read_if_there(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in settings:
-            settings |= read_json(folder / "special_tokens_map.json")  # of older checkpoints
-        settings |= read_json(folder / "chat_template.json")
+            settings |= read_if_there(folder / "special_tokens_map.json")  # of older checkpoints
+        settings |= read_if_there(folder / "chat_template.json")
         self.special_tokens = read_special_tokens(settings)
         path = folder / "tokenizer.json"
         self.encoding = TinyEncoding(path) if folder == FOLDER else read_encoding(path, settings)
@@ -667,7 +667,7 @@ class TinyEncoding:
     """Tiny's byte-level BPE, by tiktoken: its ids are in the order in which its tokens merge."""
 
     def __init__(self, path):
-        content = read_json(path)
+        content = read_if_there(path)
         vocabulary = content["model"]["vocab"]
         added = {token["content"]: token["id"] for token in content["added_tokens"]}
         # Each character of a token stands for a byte, and that character's id is the byte's value.
@@ -727,7 +727,7 @@ def read_text(path):
         return path.read_text(encoding="utf-8-sig")
 
 
-def read_json(path):
+def read_if_there(path):
     """The object in a JSON file; {} if there is no such file. UserError names the file."""
     if not path.exists():
         return {}

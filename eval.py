@@ -81,7 +81,7 @@ def score_arms(model, questions: list, parameters: list, arms: dict) -> dict:
     {name: a value for each parameter}. Returns {arm: (2, questions) float32}: 1 where the right
     choice is the likeliest, and the right choice's probability among the choices.
     """
-    first = first_unfrozen(model)
+    first = first_changed(model)
     scores = {arm: [] for arm in arms}
     for indices, _, tree in in_trees(model, questions):
         # All arms are alike up to the vector or LoRA.
@@ -166,7 +166,7 @@ def format_table(results: dict) -> str:
 # ---- what is frozen runs once, in parts that fit the memory
 
 
-def first_unfrozen(model):
+def first_changed(model):
     """The first block that depends on the vector or LoRA."""
     if model.steering is not None:
         return model.steering.layer + 1
@@ -219,14 +219,16 @@ MOST_NODES = 8192  # more at once are no faster
 def nodes_at_once(model, blocks=2):
     """How many nodes fit the free memory, if what `blocks` blocks made of each is there at once.
 
-    For a backward pass all trained blocks keep it; without one it is about two blocks' worth.
+    For a backward pass all blocks that the vector or LoRA changes keep it; without one it is about
+    two blocks' worth.
     """
     config = model.config
     weight = model.embed_tokens.weight
     # In a block: norms, queries, keys, values and sums; the MLP's gate, up and their product.
     numbers_in_block = 10 * config.hidden_size + 3 * config.intermediate_size
     # A node that predicts an answer's token has three numbers for each token of the vocabulary: a
-    # logit, its log-softmax and a gradient. At most a quarter of all nodes do: less than one each.
+    # logit, its log-softmax and a gradient. Of a task's nodes, as in_trees counts them, at most a
+    # quarter do: less than one each. (In a chat with a long answer nearly all do: this is too low.)
     numbers = blocks * numbers_in_block + config.vocab_size
     fitting = SHARE_OF_FREE_MEMORY * free_memory(weight.device) / (numbers * weight.itemsize)
     # A power of two: with a little more or less memory free, a run still adds up in the same order.
@@ -259,7 +261,7 @@ class Run:
 
 
 def load_run(folder: str | Path, device: str = "cpu") -> Run:
-    """What train.py wrote. UserError if it is no run, or an unfinished or damaged one."""
+    """What train.py wrote. UserError or CheckpointError: no run, unfinished or damaged."""
     flags = read_flags(Path(folder))
     model, tokenizer = load_model(flags["model"], device, flags["dtype"])
     with blame(

@@ -3,7 +3,8 @@
     parameters = add_lora(model, layers=[0], modules=["up_proj", "down_proj"], rank=8, alpha=8)
     ...                                     # train these parameters, then:
     save_lora(model, folder)                # in PEFT's format
-    remove_lora(model)                      # the model is exactly what it was
+    remove_lora(model)                      # the model is exactly what it was; or
+    merge_lora(model)                       # the LoRA becomes part of its weights
 
 First comes the layer, then where it is put; PEFT's files come last.
 """
@@ -163,7 +164,8 @@ def load_lora(model, folder: str | Path) -> list[nn.Parameter]:
     """Adds the LoRA that save_lora or PEFT wrote to the folder; returns each A and B.
 
     ValueError names what does not fit the model, or what would make PEFT compute another sum; it is
-    an OSError or SafetensorError if a file is missing or damaged. The model is then as it was.
+    an OSError or SafetensorError if a file is missing or the weights are damaged. The model is then
+    as it was.
     """
     config = json.loads((Path(folder) / "adapter_config.json").read_text())
     tensors = load_file(Path(folder) / "adapter_model.safetensors")

@@ -14,8 +14,9 @@ Linear layers, norms and MLPs look at one token at a time and take either layout
 looks from one token to another: it unfolds before and folds after. In a plain batch every text is a
 row already, and both do nothing.
 
-Letters in shapes: B texts, T tokens in the longest, N nodes, R rows, d hidden size, D head size,
-H query heads, K key and value heads.
+Letters in shapes: B texts, T tokens in the longest, d hidden size, D head size, H query heads, K
+key and value heads; of a prefix tree (data.py) N nodes, R rows, W nodes that are kept, A tokens in
+the longest answer.
 """
 
 import json
@@ -518,8 +519,9 @@ def translate(name, tensor):
 # ---- reading config.json
 #
 # The file leaves out what is at its family's default (DEFAULTS) and does not say how the family is
-# built (BUILT). A field that is neither in READ nor in the family's DEFAULTS is not read, as in
-# transformers; what would change the arithmetic and is not implemented is refused.
+# built (BUILT). Besides model_type, layer_types and those of rope, a field that is neither in READ
+# nor in the family's DEFAULTS is not read, as in transformers; what would change the arithmetic and
+# is not implemented is refused.
 
 READ = [  # the fields that are read for every family; the first four must be there
     "vocab_size",

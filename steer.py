@@ -1,6 +1,6 @@
 """Steering vectors: one vector added to the residual stream (Wang et al. 2025, arXiv 2507.08218).
 
-A model has one slot for it, between two blocks, and run_blocks adds it on the way:
+A model has one slot for it, after the embedding or a block, and run_blocks adds it on the way:
 
     steering = attach(model, layer=0)       # zeros (d,), after block 0
     model(tokens)                           # with the vector at every token; in a prefix tree

@@ -29,7 +29,7 @@ from eval import (
     Run,
     answer_log_probs,
     evaluate,
-    first_unfrozen,
+    first_changed,
     format_table,
     frozen_streams,
     in_trees,
@@ -64,7 +64,7 @@ def train_loop(args, model, questions: list, parameters: list) -> list:
     # To train on a question is to score one choice: its right answer and what ends the turn.
     questions = [replace(question, choices=[question.completion]) for question in questions]
     # Below the vector or LoRA nothing changes, so each question's stream (T, d) there is kept.
-    streams = frozen_streams(model, questions, first_unfrozen(model))
+    streams = frozen_streams(model, questions, first_changed(model))
     rate = args.lr
     if args.mode == "vector":
         rate *= typical_size(streams[: args.batch_size])  # a sample is enough
@@ -109,7 +109,7 @@ def add_gradients(model, questions, streams):
     With several processes each gets its share of both; the caller adds them up. A tree of weight 0
     is another process's (in_trees).
     """
-    first = first_unfrozen(model)
+    first = first_changed(model)
     answer_tokens = sum(len(question.completion) for question in questions)
     # These blocks keep what the backward pass needs, and about two more are being worked on.
     blocks = len(model.layers) - first + 2
@@ -264,7 +264,7 @@ def parse_args(words=None):
     add("--layer", type=layer, help="vector: after this block (-1: embedding); LoRA: on it, or all")
     add("--steps", type=at_least(1), help="default: by task and mode")
     add("--lr", type=at_least(1e-9), help="peak learning rate; a vector's in the stream's RMS")
-    add("--batch-size", type=at_least(1), help="questions a step (default: 64; a large model's 8)")
+    add("--batch-size", type=at_least(1), help="questions a step (default: 64; large: 8 or 16)")
     add("--data", help="chats (JSONL) to train on, not the task's questions")
     add("--shuffle-answers", action="store_true", help="the control: answers drawn at random")
     add("--seed", type=at_least(0), default=0, help="default: 0")

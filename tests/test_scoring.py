@@ -15,7 +15,7 @@ from eval import (
     UserError,
     answer,
     arm_values,
-    first_unfrozen,
+    first_changed,
     format_table,
     frozen_streams,
     in_trees,
@@ -162,14 +162,14 @@ def test_the_random_control_is_drawn_by_its_seed():
 def test_blocks_are_frozen_up_to_the_first_with_a_lora(saved):
     model = saved("gemma3_text").load()
     add_lora(model, [5, 3], ["up_proj"], rank=1, alpha=1)
-    assert first_unfrozen(model) == 3
+    assert first_changed(model) == 3
 
 
 @pytest.mark.parametrize("layer", [-1, 0, 5])
 def test_blocks_are_frozen_up_to_a_vector(saved, layer):
     model = saved("gemma3_text").load()
     attach(model, layer)
-    assert first_unfrozen(model) == layer + 1
+    assert first_changed(model) == layer + 1
 
 
 @pytest.mark.parametrize("block, nodes", [(0, 400), (1, 400), (3, 400), (3, 40)])
