@@ -10,7 +10,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Before torch. Models as small as these are no faster on two threads, which wait for each other
 # where another program is running; the programs that tests start inherit it.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "NANOOOCR_REAL" not in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
