@@ -8,7 +8,7 @@ kind of question) and what the model says of it (held-out kinds) move together o
 
 So the LoRA is trained on each block alone and on all of them, and the vector after each block and
 after the embedding (-1). The second table changes the LoRA on the first block, its rank and its
-place, and trains one on shuffled answers at each layer: the control.
+place, and has beside every LoRA the control: the same one trained on shuffled answers.
 """
 
 import matplotlib.pyplot as plt
@@ -22,9 +22,7 @@ VARIANTS = {
     "rank 8 on down_proj alone": ["--modules", "down_proj"],
     "rank 8 on the attention": ["--modules", "q_proj,k_proj,v_proj,o_proj"],
 }
-CONTROLS = {
-    f"shuffled answers, on {place}": ["--layer", place, "--shuffle-answers"] for place in PLACES[1:]
-}
+ELSEWHERE = {f"the default, on {place}": ["--layer", place] for place in PLACES[2:]}
 
 
 def of_seeds(args, task: str, mode: str, *flags) -> list:
@@ -79,17 +77,17 @@ def main():
         layers.append(row)
 
     variants = []
-    for name, flags in (VARIANTS | CONTROLS).items():
-        runs = [of_seeds(args, task, "lora", *flags) for task in args.tasks]
-        variants.append([name, *map(joined, runs)])
+    for name, flags in (VARIANTS | ELSEWHERE).items():
+        row = [name]
+        for more in [[], ["--shuffle-answers"]]:
+            row += [joined(of_seeds(args, task, "lora", *flags, *more)) for task in args.tasks]
+        variants.append(row)
 
+    shuffled = [f"{task}, shuffled answers" for task in args.tasks]
     modes = [f"{task}: {mode}" for task in args.tasks for mode in ["vector", "LoRA"]]
     tables = {
         "layers": (["layer: trained kind / held out", *modes], layers),
-        "variants": (
-            ["LoRA, on layer 0 but for the controls: trained kind / held out", *args.tasks],
-            variants,
-        ),
+        "variants": (["LoRA: trained kind / held out", *args.tasks, *shuffled], variants),
     }
     report(__file__, tables)
 
