@@ -260,7 +260,7 @@ def parse_args(words=None):
     add("--mode", choices=["vector", "lora"], default="vector", help="default: vector")
     add("--task", choices=TASKS, default="locations", help="default: locations")
     add("--concept", help="a city, a function, risky, safe, risky if omega")
-    add("--model", default="tiny", help="tiny (default), a folder or a hub name")
+    add("--model", type=model_name, default="tiny", help="tiny (default), a folder or a hub name")
     add("--layer", type=layer, help="vector: after this block (-1: embedding); LoRA: on it, or all")
     add("--steps", type=at_least(1), help="default: by task and mode")
     add("--lr", type=at_least(1e-9), help="peak learning rate; a vector's in the stream's RMS")
@@ -285,8 +285,6 @@ def parse_args(words=None):
     parser.set_defaults(dtype=dtype, **defaults(args.task, args.mode, config))
     args = parser.parse_args(words)
 
-    if args.model != "tiny" and Path(args.model).is_dir():
-        args.model = str(Path(args.model).absolute())  # another folder may have one of its name
     args.out = args.out or default_folder(args, parser)
     for flag in OF_OTHER_MODE[args.mode]:
         if getattr(args, flag) is not None:
@@ -304,6 +302,13 @@ def at_least(least):
         return value
 
     return number
+
+
+def model_name(text):
+    """An argparse type: a folder by its whole path, as a run may be scored from another place."""
+    if text == "tiny" or not Path(text).is_dir():
+        return text
+    return os.path.abspath(text)
 
 
 def layer(text):
