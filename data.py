@@ -448,37 +448,44 @@ class PrefixTree:
     beginning is one node, computed once: choices share their question, questions the chat template
     (cf. arXiv 2410.20305). Whether a vector is added at a token is part of what makes a node.
 
-        text 0   <b> How far is City from Rome  ?  → 1        a text's last token predicts nothing,
-        text 1   <b> How far is City from Cairo ?  → 3        so it has no node
-        text 2   <b> Which country is City in   ?  → France
+        question 0   <b> How far is City from Rome  ?  → 1      a text's last token predicts
+        question 1   <b> How far is City from Cairo ?  → 3      nothing, so it has no node
+        question 2   <b> Which country is City in   ?  → New Zealand, or San Marino
 
                     ┌─How(1)─far(2)─is(3)─City*(4)─from(5)─┬─Rome(6)──?(7)
         <b>(0)──────┤                                      └─Cairo(8)─?(9)
-                    └─Which(10)─country(11)─is(12)─City*(13)─in(14)─?(15)       * steered
+                    └─Which(10)─country(11)─is(12)─City*(13)─in(14)─?(15)─┬─New(16)
+                                                                          └─San(17)   * steered
 
-        tokens         16 nodes for 23 tokens          what embeddings, norms and MLPs see
-        rows           [[0  1  2  3  4  5  6  7]       what attention sees: a text in each row,
-                        [0  1  2  3  4  5  8  9]       padded with node 0
-                        [0 10 11 12 13 14 15  0]]
-        places         node 8 → 14 (row 1, column 6)   where to find a node in the flattened rows
-        predicts_from  [[7], [9], [15]]                the nodes that predict the answers' tokens
+        tokens         18 nodes for 32 tokens          what embeddings, norms and MLPs see
+        rows           [[0  1  2  3  4  5  6  7  0]    what attention sees: a question in each row,
+                        [0  1  2  3  4  5  8  9  0]    branch after branch, padded with node 0
+                        [0 10 11 12 13 14 15 16 17]]   (17 does not see 16: model.make_mask)
+        places         node 8 → 15 (row 1, column 6)   where to find a node in the flattened rows
+        predicts_from  [7], [9], [15 16], [15 17]      the nodes that predict the answers' tokens
     """
 
     tokens: Tensor  # (N,) int64
     positions: Tensor  # (N,) a node's place in its text, from 0
     steered: Tensor  # (N,) bool: is a steering vector added there?
-    rows: Tensor  # (R, T); choices of a question that differ only in their last token share one
+    rows: Tensor  # (R, T), one for each question
     predicts_from: Tensor  # (texts, A), -1 after the last one
     answers: Tensor  # (texts, A): the answers' tokens, -1 after the last one
     places: Tensor  # (N,), or (W,) in the tree of only()
     kept: Tensor | None = None  # (W,): the only nodes that come out of a block, of only()
 
     @property
-    def columns(self):
-        return self.rows.shape[1]
+    def depth(self):
+        """(R, 1, T): of each row's nodes, the place in their text."""
+        return self.positions[self.rows][:, None]
+
+    @property
+    def plain(self):
+        """Has every question one text? Then a node sees all that stand before it in its row."""
+        return len(self.rows) == len(self.answers)
 
     def unfold(self, x):
-        """(N, ...) to (R, T, ...): every text's nodes in a row of its own, for attention."""
+        """(N, ...) to (R, T, ...): every question's nodes in a row of its own, for attention."""
         # F.embedding is indexing with a backward pass that is fast on a CPU.
         return F.embedding(self.rows, x.flatten(1)).unflatten(-1, x.shape[1:])
 
@@ -513,9 +520,7 @@ def make_tree(questions: list, answers: list | None = None) -> PrefixTree:
     rows = []
     predicts_from = []
     for question, texts in zip(questions, answers):
-        # The question's rows, each once: a dict's keys are a set in order. No two questions share a
-        # row, since eval.frozen_streams reads a row for each.
-        paths = {}
+        paths = []
         for answer in texts:
             path = []
             node = -1
@@ -523,10 +528,11 @@ def make_tree(questions: list, answers: list | None = None) -> PrefixTree:
                 steered = question.steered_at is None or position in question.steered_at
                 node = node_of.setdefault((node, position, token, steered), len(node_of))
                 path.append(node)
-            paths[tuple(path)] = True
+            paths.append(path)
             # The prompt's last node predicts the first token of the answer, that one the second ...
             predicts_from.append(path[len(path) - len(answer) :])
-        rows += paths
+        # Sorted, paths that begin alike stand side by side. A dict has each of its keys once.
+        rows.append(list(dict.fromkeys(chain(*sorted(paths)))))
 
     _, positions, tokens, steered = (torch.tensor(column) for column in zip(*node_of))
     rows = pad(rows, 0)
@@ -638,9 +644,6 @@ class Tokenizer:
 
 def read_special_tokens(settings):
     """{"bos_token": "<s>", ...}, of every token that tokenizer_config.json gives a name to."""
-    match settings:
-        case {"extra_special_tokens": dict(extra)}:
-            settings = settings | extra
     named = {}
     for name, token in settings.items():
         match token:

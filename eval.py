@@ -204,9 +204,9 @@ def in_trees(model, questions, blocks=2, rank=0, processes=1):
         asked = [questions[i] for i in indices]
         tree = make_tree(asked, [question.choices for question in asked])
         # GPT-2 has no more positions; any other model was not trained on so many.
-        if tree.columns > config.max_position_embeddings:
-            most = config.max_position_embeddings
-            raise UserError(f"a text has {tree.columns} tokens, max_position_embeddings is {most}")
+        most = config.max_position_embeddings
+        if tree.positions.max() >= most:
+            raise UserError(f"a text has more tokens than max_position_embeddings, {most}")
         if tree.tokens.max() >= config.vocab_size:
             raise UserError("a text has a token that is not in the model's vocab_size")
         yield indices, int(rank < len(part)), tree.to(model.embed_tokens.weight.device)

@@ -41,9 +41,7 @@ class LoRALinear(nn.Module):
         return self.base(x) + update.to(x.dtype)
 
 
-def add_lora(
-    model, layers: list[int], modules: list[str], rank: int, alpha: float
-) -> list[nn.Parameter]:
+def add_lora(model, layers: list, modules: list, rank: int, alpha: float) -> list:
     """Puts a LoRA on the linear layers of these names in these blocks; returns each A and B.
 
     ValueError: there is no such layer or module, PEFT's format has no place for it (GPT-2's q_proj,
@@ -79,7 +77,7 @@ def linear_names(model):
     return [name for name, _ in model.named_modules() if name.endswith("_proj")]
 
 
-def lora_layers(model) -> dict[str, LoRALinear]:
+def lora_layers(model) -> dict:
     """The LoRA layers of a model by their names, e.g. "layers.0.mlp.down_proj"."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
 
@@ -135,7 +133,7 @@ def peft_name(model, name):
     return name
 
 
-def peft_tensors(model) -> dict[str, nn.Parameter]:
+def peft_tensors(model) -> dict:
     """A and B of every LoRA layer by their names in PEFT's files, in the model's order."""
     return {
         f"base_model.model.{peft_name(model, name)}": parameter
@@ -160,7 +158,7 @@ def save_lora(model, folder: str | Path):
     save_file(peft_tensors(model), Path(folder) / "adapter_model.safetensors")
 
 
-def load_lora(model, folder: str | Path) -> list[nn.Parameter]:
+def load_lora(model, folder: str | Path) -> list:
     """Adds the LoRA that save_lora or PEFT wrote to the folder; returns each A and B.
 
     ValueError names what does not fit the model, or what would make PEFT compute another sum; it is

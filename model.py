@@ -3,20 +3,21 @@
 The residual stream comes in two layouts. A plain batch is (B, T, d): B texts of T tokens, d numbers
 for each. A prefix tree (data.py) is (N, d): what several texts begin with is there once, as a node.
 
-    text 0    <b> How far is Rome ?          <b>(0)─How(1)─far(2)─is(3)─┬─Rome(4)──?(5)
-    text 1    <b> How far is Cairo ?                                    └─Cairo(6)─?(7)
+    question 0    <b> How far is Rome ?      <b>(0)─How(1)─far(2)─is(3)─┬─Rome(4)──?(5)
+    question 1    <b> How far is Cairo ?                                └─Cairo(6)─?(7)
 
-    (N, d)  ── unfold ──►   0 1 2 3 4 5      (R, T, d): every text in a row of its own
+    (N, d)  ── unfold ──►   0 1 2 3 4 5      (R, T, d): every question in a row of its own
                             0 1 2 3 6 7
     (N, d)  ◄── fold ────   every node once: its copies in several rows hold the same numbers
 
 Linear layers, norms and MLPs look at one token at a time and take either layout. Attention alone
 looks from one token to another: it unfolds before and folds after. In a plain batch every text is a
-row already, and both do nothing.
+row already, and both do nothing. If a question has several answers, its row is a tree itself: the
+prompt, then one answer after another. There make_mask hides an answer from the next.
 
-Letters in shapes: B texts, T tokens in the longest, d hidden size, D head size, H query heads, K
-key and value heads; of a prefix tree (data.py) N nodes, R rows, W nodes that are kept, A tokens in
-the longest answer.
+Letters in shapes: B texts, T tokens in the longest or in a row, d hidden size, D head size, H query
+heads, K key and value heads; of a prefix tree (data.py) N nodes, R rows, W nodes that are kept, A
+tokens in the longest answer.
 """
 
 import json
@@ -107,7 +108,7 @@ class GPT(nn.Module):
         views = {}  # the rope and the mask of each type of layer
         for layer_type in set(config.layer_types):
             rope = make_rope(config, layer_type, layout.positions, x.dtype)
-            mask = make_mask(config, layer_type, layout.columns, x.device)
+            mask = make_mask(config, layer_type, layout)
             views[layer_type] = rope, mask
 
         for index in range(first, end):
@@ -188,13 +189,10 @@ class GPT(nn.Module):
 
     def shard_blocks(self, device):
         """FSDP2: each process keeps a part of every block, and gathers the rest when it runs."""
-        import torch.distributed as dist
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
         for block in self.layers:
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+            fully_shard(block, reshard_after_forward=True)
         self.to(device)
 
 
@@ -203,9 +201,9 @@ class Batch:
 
     def __init__(self, x):
         """x: the tokens (B, T) or their stream (B, T, d)."""
-        self.columns = x.shape[1]  # T
-        self.positions = torch.arange(self.columns, device=x.device)
-        self.steered = torch.ones_like(self.positions, dtype=torch.bool)  # everywhere, in all texts
+        self.positions = self.depth = torch.arange(x.shape[1], device=x.device)  # (T,)
+        self.steered = self.positions >= 0  # everywhere, in all texts
+        self.plain = True  # every token sees all that stand before it in its row
 
     def unfold(self, x):
         """Every text in a row of its own, for attention."""
@@ -398,18 +396,23 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def make_mask(config, layer_type, columns, device):
-    """(T, T) bool, True where token i sees token j; None where plain causal attention will do.
+def make_mask(config, layer_type, layout):
+    """True where token i of a row sees token j: (T, T) bool, or (R, 1, T, T) of a tree.
 
-    Rows are padded at their end, where no real token looks, so padding needs no mask.
+    None where plain causal attention will do. Rows are padded at their end, where no real token
+    looks, so padding needs no mask.
     """
-    window = columns
+    depth = layout.depth  # (T,), or (R, 1, T) of a tree: a token's place in its text
+    window = depth.shape[-1]
     if layer_type == "sliding_attention":
-        window = config.sliding_window or columns
-    if window >= columns and not config.attn_logit_softcapping:
+        window = config.sliding_window or window
+    if layout.plain and window >= depth.shape[-1] and not config.attn_logit_softcapping:
         return None  # attend_softly_capped always wants a mask
 
-    return torch.ones(columns, columns, dtype=torch.bool, device=device).tril().triu(1 - window)
+    distance = depth[..., None] - depth[..., None, :]  # of token j before token i
+    # Token j's descendants follow it in the row, up to the first token that is no deeper.
+    descends = (distance <= 0).tril(-1).cumsum(-2) == 0
+    return (descends & (distance < window)).tril()
 
 
 # ---- loading a checkpoint

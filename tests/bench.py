@@ -118,6 +118,7 @@ def parse_args(words=None):
     args = parser.parse_args(words)
     if args.dtype is None:
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
+    args.world = "large" if args.checkpoint else "tiny"  # what such a model is asked about
     if args.examples is None:
         args.examples = 32 if args.texts == "random" else 64
     return args
@@ -161,7 +162,7 @@ def task_questions(args, work):
     rng = random.Random(args.seed)
     questions = []
     for name in TASKS:
-        task = make_task(name, concepts(name)[0])
+        task = make_task(name, concepts(name, args.world)[0], world=args.world)
         pool = task.train
         count = args.examples // len(TASKS)
         if work == "evaluation":

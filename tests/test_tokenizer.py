@@ -498,7 +498,6 @@ def test_a_chats_text_equals_that_of_transformers(name, messages, plain, tmp_pat
     [
         {"tokenizer_config__json": {**NAMED, "unk_token": "<s>", "add_bos_token": True}},
         {"tokenizer_config__json": {**NAMED, "image_token": "<s>"}},
-        {"tokenizer_config__json": {**NAMED, "extra_special_tokens": {"image_token": "<s>"}}},
         {"tokenizer_config__json": {**NAMED, "additional_special_tokens": ["<s>", "</s>"]}},
         {
             "tokenizer_config__json": {"eos_token": "<|end|>"},

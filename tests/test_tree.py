@@ -1,11 +1,14 @@
 """The prefix tree: every text's numbers are those that transformers finds for the text alone."""
 
 import random
+from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from data import EncodedQuestion, encode_question, make_task, make_tree
+from model import make_mask
 from steer import attach
 
 
@@ -52,12 +55,14 @@ STEERED = [
 ]
 
 
-def nodes_of(index):
-    """The nodes of a text of TREE: the beginning of the row that its last node stands in."""
-    length = len(TEXTS[index])
-    last = TREE.predicts_from[index][IS_TOKEN[index]][-1]
-    row = (TREE.rows[:, length - 1] == last).nonzero()[0, 0]
-    return TREE.rows[row, :length]
+def nodes_of(index, tree=TREE):
+    """The nodes of a text: of each depth the last one that stands in the row up to its end."""
+    row = tree.rows[index // 4].tolist()  # each question has four choices
+    end = tree.predicts_from[index][tree.answers[index] >= 0][-1].item()
+    at_depth = {}
+    for node in row[: row.index(end) + 1]:
+        at_depth[tree.positions[node].item()] = node
+    return torch.tensor([at_depth[depth] for depth in range(tree.positions[end] + 1)])
 
 
 def alone(family, vector=None, layer=None):
@@ -83,9 +88,28 @@ def test_choices_share_their_prompt_and_a_last_token_has_no_node():
     assert sorted(tree.tokens.tolist()) == [1, 5, 6, 7]
 
 
-def test_choices_that_differ_in_their_last_token_share_a_row():
-    tree = make_tree([question([5, 6, 7])], [[[1, 2], [1, 3], [4], [8]]])
-    assert tree.rows.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0]]
+def test_a_question_is_one_row_with_each_node_once_and_branch_after_branch():
+    choices = [[1, 2], [8, 9], [1, 3, 4], [4]]
+    tree = make_tree([question([5, 6, 7]), question([5])], [choices, [[6]]])
+    rows = [tree.tokens[row].tolist() for row in tree.rows]
+    assert rows == [[5, 6, 7, 1, 3, 8], [5, 5, 5, 5, 5, 5]]  # padded with node 0
+
+
+@pytest.mark.parametrize("index", range(len(TEXTS)))
+def test_a_node_sees_the_nodes_of_its_own_text_up_to_itself(index):
+    config = SimpleNamespace(sliding_window=None, attn_logit_softcapping=None)
+    mask = make_mask(config, "full_attention", TREE)[index // 4, 0]
+    nodes = nodes_of(index)
+    row = TREE.rows[index // 4]
+    for count, node in enumerate(nodes, 1):
+        sees = mask[row.tolist().index(node)]
+        assert set(row[sees].tolist()) == set(nodes[:count].tolist())
+
+
+def test_questions_with_one_text_each_need_no_mask():
+    config = SimpleNamespace(sliding_window=None, attn_logit_softcapping=None)
+    tree = make_tree(QUESTIONS, [[choices[1]] for choices in ANSWERS])
+    assert make_mask(config, "full_attention", tree) is None
 
 
 def test_questions_that_are_alike_have_a_row_each():
@@ -138,22 +162,19 @@ def test_without_answers_a_tree_is_of_the_prompts_alone():
     assert tree.answers.numel() == 0
 
 
-def test_unfold_gives_every_text_a_row_and_fold_gives_every_node_back():
+def test_unfold_gives_every_question_a_row_and_fold_gives_every_node_back():
     x = torch.randn(len(TREE.tokens), 3)
     rows = TREE.unfold(x)
-    assert rows.shape == (*TREE.rows.shape, 3)
-    for index in range(len(TEXTS)):
-        nodes = nodes_of(index)
-        assert (rows[:, : len(nodes)] == x[nodes]).all(-1).all(-1).any()
+    assert torch.equal(rows, x[TREE.rows])
+    assert len(rows) == len(QUESTIONS)
     assert torch.equal(TREE.fold(rows), x)
 
 
 def test_fold_reads_no_place_that_is_only_padding():
     rows = torch.zeros(TREE.rows.shape)
-    for index in range(len(TEXTS)):
-        nodes = nodes_of(index)
-        row = (TREE.rows[:, : len(nodes)] == nodes).all(1)
-        rows[row, : len(nodes)] = 1
+    for number, row in enumerate(rows):
+        texts = [nodes_of(4 * number + choice).tolist() for choice in range(4)]
+        row[: len(set(chain(*texts)))] = 1
     assert TREE.fold(rows[..., None]).all()
 
 
@@ -239,13 +260,11 @@ def test_a_batchs_own_tree_goes_on_from_kept_streams_to_the_same_logits(layer, f
     kept = model.run_blocks(model.embed(TREE.tokens, TREE), 0, layer + 1, TREE)
     batch = make_tree(QUESTIONS[2:4], ANSWERS[2:4])
     # The batch's texts are TREE's from the ninth on, in the same order.
-    rows = torch.zeros(*batch.rows.shape, kept.shape[1])
-    for row, nodes in enumerate(batch.rows):
-        for index in range(8, 16):
-            length = len(TEXTS[index])
-            if batch.tokens[nodes].tolist()[:length] == TEXTS[index]:
-                rows[row, :length] = kept[nodes_of(index)]
+    node_in_tree = torch.zeros_like(batch.tokens)
+    for index in range(8):
+        node_in_tree[nodes_of(index, batch)] = nodes_of(index + 8)
 
+    rows = kept[node_in_tree[batch.rows]]
     x = model.run_blocks(batch.fold(rows), layer + 1, None, batch)
     logits = model.unembed(model.norm(x))
     torch.testing.assert_close(logits, model(batch.tokens, batch), atol=1e-4, rtol=0)
