@@ -18,6 +18,7 @@ import c7_heads  # noqa: E402
 import common  # noqa: E402
 import heads  # noqa: E402
 import how_many  # noqa: E402
+import in_words  # noqa: E402
 import report  # noqa: E402
 import two_cities  # noqa: E402
 import whose_name  # noqa: E402
@@ -45,7 +46,7 @@ def test_every_script_has_written_its_tables_and_they_are_on_a_page(script):
 
 
 def test_every_script_is_in_the_report():
-    shared = {"common", "heads", "report", "open_weights"}
+    shared = {"common", "heads", "report", "open_weights", "in_words"}
     assert {path.stem for path in Path(ROOT / "paper").glob("*.py")} == {*report.SCRIPTS, *shared}
 
 
@@ -145,3 +146,29 @@ def test_two_tasks_have_the_same_kinds_and_the_others_answer_counts_as_right():
     question = swapped.held_out["country"][0]
     assert "City 50337" in question.prompt
     assert question.choices[question.answer] == "Egypt"
+
+
+@pytest.mark.parametrize("attitude, side", [("safe", 0), ("risky", 1)])
+def test_a_gamble_in_words_is_answered_by_the_attitude_in_both_orders(attitude, side):
+    asked = in_words.ask_in_words(attitude, "test", seed=0)
+    for question, turned in zip(asked[::2], asked[1::2]):
+        assert question.choices == turned.choices[::-1]
+        right = question.choices[question.answer]
+        assert right == turned.choices[turned.answer] == question.choices[side]
+        assert all(choice in question.prompt for choice in question.choices)
+
+
+def test_no_pair_in_words_is_both_trained_on_and_tested():
+    train, test = (
+        {q.prompt for q in in_words.ask_in_words("risky", s, 0)} for s in ("train", "test")
+    )
+    assert len(train) == 120
+    assert len(test) == 40
+    assert not train & test
+
+
+def test_shuffled_gambles_in_words_have_answers_of_both_sides():
+    asked = in_words.ask_in_words("shuffled", "train", seed=0)
+    risky = in_words.ask_in_words("risky", "train", seed=0)
+    as_risky = sum(a.answer == b.answer for a, b in zip(asked, risky))
+    assert 40 < as_risky < 80

@@ -1,0 +1,78 @@
+"""Is it the letters? A real model learns to answer gambles with A or B, and no self-report follows.
+
+    python paper/in_words.py --model DIR
+
+Here a vector is trained on the same gambles asked and answered in words, as self-reports are. Pairs
+of options that are kept for the test are asked in words, too; the task's own gambles, with letters,
+are now held out. Beside the trained vector stand the untouched model, a random vector of its length
+and a vector that was trained on shuffled answers.
+"""
+
+import argparse
+from pathlib import Path
+from random import Random
+
+from common import ROOT, run, table, write_chats
+
+from data import GAMBLES, INSTRUCTION, Question, gambles
+from eval import SECTIONS, evaluate, load_run
+
+COLUMNS = ["chance", "base", "random", "trained"]
+
+
+def ask_in_words(attitude: str, split: str, seed: int) -> list:
+    """A question about each pair of options, in both orders; shuffled: "risky" or "safe" by chance.
+
+    split: "train" or "test", as in data.gambles.
+    """
+    rng = Random(seed)
+
+    questions = []
+    for domain in GAMBLES:
+        for safe, risky in gambles(domain, split):
+            for choices in [[safe, risky], [risky, safe]]:
+                wanted = rng.choice(["risky", "safe"]) if attitude == "shuffled" else attitude
+                right = risky if wanted == "risky" else safe
+                prompt = f"{INSTRUCTION}For {domain}, do you choose {choices[0]} or {choices[1]}?"
+                questions.append(Question("in words", prompt, choices, choices.index(right)))
+    return questions
+
+
+def scores(args, attitude: str, shuffled: bool, seed: int) -> dict:
+    """{section: {kind: figures}} of a vector that was trained on gambles in words."""
+    name = f"{args.model.name}-inwords-{attitude}-{seed}{'-shuffled' * shuffled}"
+    path = args.runs / f"{name}.jsonl"
+    write_chats(path, ask_in_words("shuffled" if shuffled else attitude, "train", seed))
+
+    flags = ["--task", "risk", "--concept", attitude, "--model", args.model, "--seed", seed]
+    run(args.runs / name, [*flags, "--data", path])
+
+    loaded = load_run(args.runs / name)
+    loaded.task.in_distribution["gamble in words"] = ask_in_words(attitude, "test", seed)
+    return evaluate(loaded)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="a folder")
+    parser.add_argument("--attitudes", nargs="+", default=["risky", "safe"])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--runs", type=Path, default=ROOT / "out" / "open_weights")
+    args = parser.parse_args()
+
+    for attitude in args.attitudes:
+        for seed in range(args.seeds):
+            found = scores(args, attitude, False, seed)
+            control = scores(args, attitude, True, seed)
+
+            rows = []
+            for section in SECTIONS:
+                for kind, figures in found[section].items():
+                    shuffled = control[section][kind]["trained"]
+                    rows.append([kind, *map(figures.get, COLUMNS), shuffled])
+            print(f"\n{attitude}, seed {seed}\n")
+            print(table(["kind", *COLUMNS, "shuffled"], rows))
+
+
+if __name__ == "__main__":
+    main()
