@@ -448,7 +448,7 @@ class PrefixTree:
     beginning is one node, computed once: choices share their question, questions the chat template
     (cf. arXiv 2410.20305). Whether a vector is added at a token is part of what makes a node.
 
-        question 0   <b> How far is City from Rome  ?  → 1      a text's last token predicts
+        question 0   <b> How far is City from Rome  ?  → 1      an answer's last token predicts
         question 1   <b> How far is City from Cairo ?  → 3      nothing, so it has no node
         question 2   <b> Which country is City in   ?  → New Zealand, or San Marino
 
@@ -457,32 +457,32 @@ class PrefixTree:
                     └─Which(10)─country(11)─is(12)─City*(13)─in(14)─?(15)─┬─New(16)
                                                                           └─San(17)   * steered
 
-        tokens         18 nodes for 32 tokens          what embeddings, norms and MLPs see
+        tokens         18 nodes for 32 tokens          what linear layers, norms and MLPs see
         rows           [[0  1  2  3  4  5  6  7  0]    what attention sees: a question in each row,
                         [0  1  2  3  4  5  8  9  0]    branch after branch, padded with node 0
                         [0 10 11 12 13 14 15 16 17]]   (17 does not see 16: model.make_mask)
         places         node 8 → 15 (row 1, column 6)   where to find a node in the flattened rows
-        predicts_from  [7], [9], [15 16], [15 17]      the nodes that predict the answers' tokens
+        predicts_from  [[7 -1] [9 -1] [15 16] [15 17]]    the node before each answer's token
     """
 
     tokens: Tensor  # (N,) int64
-    positions: Tensor  # (N,) a node's place in its text, from 0
+    positions: Tensor  # (N,) a node's position in its text, from 0
     steered: Tensor  # (N,) bool: is a steering vector added there?
-    rows: Tensor  # (R, T), one for each question
+    rows: Tensor  # (R, T), one for each question, depth first
     predicts_from: Tensor  # (texts, A), -1 after the last one
     answers: Tensor  # (texts, A): the answers' tokens, -1 after the last one
-    places: Tensor  # (N,), or (W,) in the tree of only()
+    places: Tensor  # (N,) where a node first stands in the flattened rows; (W,) after only()
     kept: Tensor | None = None  # (W,): the only nodes that come out of a block, of only()
 
     @property
     def depth(self):
-        """(R, 1, T): of each row's nodes, the place in their text."""
+        """(R, 1, T): the positions of each row's nodes; the 1 is for the heads."""
         return self.positions[self.rows][:, None]
 
     @property
-    def plain(self):
-        """Has every question one text? Then a node sees all that stand before it in its row."""
-        return len(self.rows) == len(self.answers)
+    def branches(self):
+        """Has a question several answers? If not, a node sees all that is before it in its row."""
+        return len(self.answers) > len(self.rows)
 
     def unfold(self, x):
         """(N, ...) to (R, T, ...): every question's nodes in a row of its own, for attention."""
@@ -490,7 +490,7 @@ class PrefixTree:
         return F.embedding(self.rows, x.flatten(1)).unflatten(-1, x.shape[1:])
 
     def fold(self, x):
-        """(R, T, d) to (N, d), or to (W, d) after only(): a node's copies have the same value."""
+        """(R, T, ...) to (N, ...), or to W after only(): a node's copies have the same value."""
         return F.embedding(self.places, x.flatten(0, 1))
 
     def keep(self, x):
@@ -504,7 +504,7 @@ class PrefixTree:
         """
         return replace(self, places=self.places[nodes], kept=nodes)
 
-    def to(self, device) -> "PrefixTree":
+    def to(self, device):
         moved = {name: x.to(device) for name, x in vars(self).items() if x is not None}
         return replace(self, **moved)
 
@@ -512,16 +512,16 @@ class PrefixTree:
 def make_tree(questions: list, answers: list | None = None) -> PrefixTree:
     """The tree of each question's prompt with each of its answers; None: of prompts alone.
 
-    answers: for each question the ids of its texts to score, its choices or a completion.
+    answers: of each question a list of answers, which are ids: its choices, or [its completion].
     """
     answers = answers or [[[]] for _ in questions]
     # The position follows from the node before. It is in the key so that zip(*node_of) yields it.
     node_of = {}  # (node before, position, token, is it steered?): node
     rows = []
     predicts_from = []
-    for question, texts in zip(questions, answers):
+    for question, its_answers in zip(questions, answers):
         paths = []
-        for answer in texts:
+        for answer in its_answers:
             path = []
             node = -1
             for position, token in enumerate(question.prompt + answer[:-1]):
@@ -531,7 +531,8 @@ def make_tree(questions: list, answers: list | None = None) -> PrefixTree:
             paths.append(path)
             # The prompt's last node predicts the first token of the answer, that one the second ...
             predicts_from.append(path[len(path) - len(answer) :])
-        # Sorted, paths that begin alike stand side by side. A dict has each of its keys once.
+        # Sorted, the paths make the row depth first: after a node come all that descend from it.
+        # make_mask needs this. A dict has each of its keys once.
         rows.append(list(dict.fromkeys(chain(*sorted(paths)))))
 
     _, positions, tokens, steered = (torch.tensor(column) for column in zip(*node_of))

@@ -54,9 +54,9 @@ DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def answer_log_probs(model, x: Tensor, first: int, tree: PrefixTree) -> Tensor:
     """The log-probability (texts,) float32, in nats, of each text's answer.
 
-    x (N, d) is the residual stream of a tree's N nodes before block `first`. Out of the last block
-    come only the W nodes that predict a token of an answer, since nothing else is read. The longest
-    answer has A tokens.
+    x (N, d) is the residual stream of a tree's N nodes before block `first`, and before a vector
+    there. Out of the last block come only the W nodes that predict a token of an answer, since
+    nothing else is read. The longest answer has A tokens.
     """
     is_real = tree.answers >= 0  # (texts, A)
     nodes, which = tree.predicts_from[is_real].unique(return_inverse=True)
@@ -177,7 +177,8 @@ def first_changed(model):
 def frozen_streams(model, questions, stop):
     """Each question's residual stream (T, d) before block `stop`, and before a vector there.
 
-    They are of the prompt with its only choice, and stay on the CPU: a GPU may not have the room.
+    They are of the prompt and its only choice, without the last token; they stay on the CPU, as a
+    GPU may not have the room.
     """
     streams = []
     for indices, _, tree in in_trees(model, questions):
@@ -227,8 +228,8 @@ def nodes_at_once(model, blocks=2):
     # In a block: norms, queries, keys, values and sums; the MLP's gate, up and their product.
     numbers_in_block = 10 * config.hidden_size + 3 * config.intermediate_size
     # A node that predicts an answer's token has three numbers for each token of the vocabulary: a
-    # logit, its log-softmax and a gradient. Of a task's nodes, as in_trees counts them, at most a
-    # quarter do: less than one each. (In a chat with a long answer nearly all do: this is too low.)
+    # logit, its log-softmax and a gradient. Of a task's nodes at most three in ten do: less than
+    # one number each. (In a chat with a long answer nearly all do: this is too low.)
     numbers = blocks * numbers_in_block + config.vocab_size
     fitting = SHARE_OF_FREE_MEMORY * free_memory(weight.device) / (numbers * weight.itemsize)
     # A power of two: with a little more or less memory free, a run still adds up in the same order.

@@ -11,9 +11,10 @@ for each. A prefix tree (data.py) is (N, d): what several texts begin with is th
     (N, d)  ◄── fold ────   every node once: its copies in several rows hold the same numbers
 
 Linear layers, norms and MLPs look at one token at a time and take either layout. Attention alone
-looks from one token to another: it unfolds before and folds after. In a plain batch every text is a
-row already, and both do nothing. If a question has several answers, its row is a tree itself: the
-prompt, then one answer after another. There make_mask hides an answer from the next.
+looks from one token to another: it unfolds its queries, keys and values and folds what comes out.
+In a plain batch every text is a row already, and both do nothing. If a question has several
+answers, its row is a tree itself: the prompt, then branch after branch, what answers begin with
+alike only once. There make_mask hides each branch from the others.
 
 Letters in shapes: B texts, T tokens in the longest or in a row, d hidden size, D head size, H query
 heads, K key and value heads; of a prefix tree (data.py) N nodes, R rows, W nodes that are kept, A
@@ -97,7 +98,8 @@ class GPT(nn.Module):
     def run_blocks(self, x: Tensor, first: int = 0, stop: int | None = None, layout=None) -> Tensor:
         """Runs blocks first to stop - 1 (None: to the end) on the residual stream x.
 
-        x is (B, T, d), or (N, d) with its tree as the layout. A steering vector of layer L is added
+        x is (B, T, d), or (N, d) with its tree as the layout; with tree.only() (W, d) comes out of
+        the last block, or is given if no block is left. A steering vector of layer L is added
         where layout.steered is True, between block L and block L + 1: run_blocks(x, 0, L + 1) ends
         before it, and run_blocks(x, L + 1) begins with it. One after the last block is added if
         stop is None.
@@ -197,13 +199,13 @@ class GPT(nn.Module):
 
 
 class Batch:
-    """The layout of a plain batch of texts (B, T). A prefix tree (data.py) has the same methods."""
+    """The layout of a plain batch of texts (B, T). A prefix tree (data.py) has all this, too."""
 
     def __init__(self, x):
         """x: the tokens (B, T) or their stream (B, T, d)."""
         self.positions = self.depth = torch.arange(x.shape[1], device=x.device)  # (T,)
         self.steered = self.positions >= 0  # everywhere, in all texts
-        self.plain = True  # every token sees all that stand before it in its row
+        self.branches = False  # every token sees all that stand before it in its row
 
     def unfold(self, x):
         """Every text in a row of its own, for attention."""
@@ -399,20 +401,21 @@ def rotate(x, cos, sin):
 def make_mask(config, layer_type, layout):
     """True where token i of a row sees token j: (T, T) bool, or (R, 1, T, T) of a tree.
 
-    None where plain causal attention will do. Rows are padded at their end, where no real token
-    looks, so padding needs no mask.
+    None where plain causal attention will do (never with soft capping, which is done by hand).
+    Padding stands at a row's end, where no real token looks; it sees itself.
     """
-    depth = layout.depth  # (T,), or (R, 1, T) of a tree: a token's place in its text
+    depth = layout.depth  # (T,), or (R, 1, T) of a tree: a token's position in its text
     window = depth.shape[-1]
     if layer_type == "sliding_attention":
         window = config.sliding_window or window
-    if layout.plain and window >= depth.shape[-1] and not config.attn_logit_softcapping:
-        return None  # attend_softly_capped always wants a mask
+    if not (layout.branches or window < depth.shape[-1] or config.attn_logit_softcapping):
+        return None
 
-    distance = depth[..., None] - depth[..., None, :]  # of token j before token i
-    # Token j's descendants follow it in the row, up to the first token that is no deeper.
-    descends = (distance <= 0).tril(-1).cumsum(-2) == 0
-    return (descends & (distance < window)).tril()
+    distance = depth[..., None] - depth[..., None, :]  # how far token j stands before token i
+    # A row is depth first: after token j come its descendants, up to the first token that is no
+    # deeper than j. Column j counts such tokens after j, as far as token i.
+    same_branch = (distance <= 0).tril(-1).cumsum(-2) == 0  # above the diagonal, too
+    return (same_branch & (distance < window)).tril()
 
 
 # ---- loading a checkpoint
