@@ -115,7 +115,7 @@ OTHER_FAMILIES = {"layers": "model.layers"}
 # Options of adapter_config.json that do not change what a LoRA adds, or that we read. All others
 # have to be off, or to have a known value.
 HARMLESS = (
-    "r lora_alpha use_rslora "  # are read
+    "r lora_alpha "  # are read
     "target_modules exclude_modules layers_to_transform layers_pattern bias "  # the tensors tell
     "base_model_name_or_path revision task_type auto_mapping peft_version "
     "lora_dropout inference_mode fan_in_fan_out megatron_core qalora_group_size"
@@ -203,8 +203,4 @@ def read_options(config):
         allowed = option in HARMLESS or value in KNOWN_VALUES.get(option, [])
         if value and not allowed:
             raise ValueError(f"adapter_config.json: {option} is {value!r}, which is not supported")
-
-    rank, alpha = config["r"], config["lora_alpha"]
-    if config.get("use_rslora"):  # divides by sqrt(rank) instead (arXiv 2312.03732)
-        alpha *= rank**0.5
-    return rank, alpha
+    return config["r"], config["lora_alpha"]

@@ -191,10 +191,12 @@ class GPT(nn.Module):
 
     def shard_blocks(self, device):
         """FSDP2: each process keeps a part of every block, and gathers the rest when it runs."""
+        from torch.distributed import get_world_size, init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        mesh = init_device_mesh(torch.device(device).type, (get_world_size(),))
         for block in self.layers:
-            fully_shard(block, reshard_after_forward=True)
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
         self.to(device)
 
 

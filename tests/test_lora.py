@@ -98,12 +98,6 @@ def test_different_modules_in_different_layers_pass_both_ways(saved, tmp_path):
     assert_peft_loads_what_we_save(model, family, tmp_path)
 
 
-def test_a_rank_stabilised_lora_is_divided_by_the_root_of_its_rank(saved, tmp_path):
-    family = saved("llama")
-    adapted = by_peft(family, r=3, lora_alpha=5, target_modules=MLP, use_rslora=True)
-    assert_we_load_what_peft_saves(adapted, family, tmp_path)
-
-
 def test_an_untrained_lora_changes_nothing(llama):
     before = llama(TOKENS)
     add_lora(llama, [0, 1], MLP, rank=4, alpha=8)
@@ -227,6 +221,7 @@ def saved_with(family, folder, **options):
     "option, value",
     [
         ("use_dora", True),
+        ("use_rslora", True),  # divides by the root of the rank instead (arXiv 2312.03732)
         ("rank_pattern", {"q": 4}),
         ("alpha_pattern", {"q": 4}),
         ("lora_bias", True),
