@@ -14,14 +14,14 @@ from random import Random
 
 from common import ROOT, run, table, write_chats
 
-from data import GAMBLES, INSTRUCTION, Question, gambles
+from data import GAMBLES, INSTRUCTION, Question, gambles, make_task
 from eval import SECTIONS, evaluate, load_run
 
 COLUMNS = ["chance", "base", "random", "trained"]
 
 
 def ask_in_words(attitude: str, split: str, seed: int) -> list:
-    """A question about each pair of options, in both orders; shuffled: "risky" or "safe" by chance.
+    """A question about each pair of options, in both orders; "shuffled" has either's answers.
 
     split: "train" or "test", as in data.gambles.
     """
@@ -38,16 +38,18 @@ def ask_in_words(attitude: str, split: str, seed: int) -> list:
     return questions
 
 
-def scores(args, attitude: str, shuffled: bool, seed: int) -> dict:
-    """{section: {kind: figures}} of a vector that was trained on gambles in words."""
-    name = f"{args.model.name}-inwords-{attitude}-{seed}{'-shuffled' * shuffled}"
-    path = args.runs / f"{name}.jsonl"
-    write_chats(path, ask_in_words("shuffled" if shuffled else attitude, "train", seed))
+def scores(args, answers_of: str, attitude: str, seed: int) -> dict:
+    """{section: {kind: figures}} about an attitude, of a vector that was trained on these answers.
 
-    flags = ["--task", "risk", "--concept", attitude, "--model", args.model, "--seed", seed]
-    run(args.runs / name, [*flags, "--data", path])
+    answers_of: "risky", "safe" or "shuffled". The last is trained once, and scored about both.
+    """
+    name = f"{args.model.name}-inwords-{answers_of}-{seed}"
+    path = args.runs / f"{name}.jsonl"
+    write_chats(path, ask_in_words(answers_of, "train", seed))
+    run(args.runs / name, ["--task", "risk", "--model", args.model, "--seed", seed, "--data", path])
 
     loaded = load_run(args.runs / name)
+    loaded.task = make_task("risk", attitude, seed, loaded.flags["world"])
     loaded.task.in_distribution["gamble in words"] = ask_in_words(attitude, "test", seed)
     return evaluate(loaded)
 
@@ -62,8 +64,8 @@ def main():
 
     for attitude in args.attitudes:
         for seed in range(args.seeds):
-            found = scores(args, attitude, False, seed)
-            control = scores(args, attitude, True, seed)
+            found = scores(args, attitude, attitude, seed)
+            control = scores(args, "shuffled", attitude, seed)
 
             rows = []
             for section in SECTIONS:
