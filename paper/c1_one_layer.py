@@ -44,7 +44,7 @@ def go_through_layers(args) -> dict:
     return found
 
 
-def draw(found: dict):
+def draw(args, found: dict):
     """found: what go_through_layers returns. A line for each run."""
     figure, panels = plt.subplots(1, len(found), figsize=(9, 2.8), sharey=True, squeeze=False)
     for panel, (task, places) in zip(panels[0], found.items()):
@@ -60,13 +60,13 @@ def draw(found: dict):
         panel.set(title=task, xlabel="layer (-1: the embedding)", xticks=range(-1, 4))
     panels[0, 0].set_ylabel("accuracy")
     panels[0, -1].legend(fontsize=7)
-    save_figure(figure, __file__)
+    save_figure(args, figure, __file__)
 
 
 def main():
     args = read_args(__doc__, TASKS, seeds=2)
     found = go_through_layers(args)
-    draw(found)
+    draw(args, found)
 
     layers = []
     for place in PLACES:
@@ -89,7 +89,7 @@ def main():
         "layers": (["layer: trained kind / held out", *modes], layers),
         "variants": (["LoRA: trained kind / held out", *args.tasks, *shuffled], variants),
     }
-    report(__file__, tables)
+    report(args, __file__, tables)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def main():
             go_through_layers(args),
         ),
     }
-    report(__file__, tables)
+    report(args, __file__, tables)
 
 
 if __name__ == "__main__":

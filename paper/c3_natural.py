@@ -94,7 +94,7 @@ def measure(folder) -> dict:
     return figures
 
 
-def draw(swept: dict):
+def draw(args, swept: dict):
     """swept: {task: the figures of each run}."""
     figure, panels = plt.subplots(1, len(swept), figsize=(9, 2.8), sharey=True, squeeze=False)
     for panel, (task, runs) in zip(panels[0], swept.items()):
@@ -113,7 +113,7 @@ def draw(swept: dict):
 
     panels[0, 0].set_ylabel("held out, accuracy")
     panels[0, -1].legend(fontsize=8)
-    save_figure(figure, __file__)
+    save_figure(args, figure, __file__)
 
 
 def main():
@@ -121,7 +121,7 @@ def main():
     swept = {}
     for task in args.tasks:
         swept[task] = [measure(train(args, task, "lora", seed)) for seed in range(args.seeds)]
-    draw(swept)
+    draw(args, swept)
 
     rows = []
     for name in ["nothing", "the LoRA"]:
@@ -134,7 +134,7 @@ def main():
                 no_place = task == "risk" and place == "at the code name"
                 row.append(None if no_place else joined([one[name, place] for one in runs]))
             rows.append(row)
-    report(__file__, {"recipes": (["added: trained kind / held out", *args.tasks], rows)})
+    report(args, __file__, {"recipes": (["added: trained kind / held out", *args.tasks], rows)})
 
 
 if __name__ == "__main__":

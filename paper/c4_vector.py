@@ -127,7 +127,7 @@ def main():
         "held_out": ([headings[0], *headings[2:]], held_out),
         "every": (of_every, every),
     }
-    report(__file__, tables)
+    report(args, __file__, tables)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def main():
         for name in cells[0]:
             rows.append([layer, name, *(cell[name] for cell in cells)])
     headings = ["layer", "vector: cosine to the trained one / trained kind / held out", *columns]
-    report(__file__, {"naive": (headings, rows)})
+    report(args, __file__, {"naive": (headings, rows)})
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def main():
             row.append(None if no_name else try_start(args, task, start))
         rows.append(row)
     headings = ["start: cosine between seeds / trained kind / held out", *args.tasks]
-    report(__file__, {"starts": (headings, rows)})
+    report(args, __file__, {"starts": (headings, rows)})
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def main():
     gambles = [f"gambles: {name}" for name in [*CASES, "moves"]]
     reports = [f"self-reports: {name}" for name in [*CASES, "moves"]]
     headings = ["concept", "with a", *gambles, *reports, "trigger raised most", "by a random one"]
-    report(__file__, {"follow": (headings, rows)})
+    report(args, __file__, {"follow": (headings, rows)})
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def main():
         "without all of these",
         "without any",
     ]
-    report(__file__, {"heads": (headings, rows)})
+    report(args, __file__, {"heads": (headings, rows)})
 
 
 if __name__ == "__main__":

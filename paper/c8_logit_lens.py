@@ -75,7 +75,7 @@ def main():
     columns = []
     for attitude in ["risky", "safe"]:
         columns += [f"{attitude} vectors: safe / risky words of 10", "the ten of seed 0"]
-    report(__file__, {"words": (["layer", *columns], rows)})
+    report(args, __file__, {"words": (["layer", *columns], rows)})
 
 
 if __name__ == "__main__":

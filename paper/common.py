@@ -1,7 +1,8 @@
 """What the scripts of the claims share: runs of train.py that are made once, means, tables.
 
 Each script trains what is not there yet, measures one thing, prints its tables, and writes them to
-a small JSON file of its name. report.py copies them from there into the two READMEs.
+a small JSON file of its name. report.py copies them from there into the two READMEs. What a script
+finds with other flags (--seeds 1, --model DIR) goes to the folder of runs instead.
 """
 
 import argparse
@@ -37,6 +38,9 @@ def read_args(doc: str, tasks: list, seeds: int):
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("--tasks", nargs="+", default=tasks, choices=tasks)
     parser.add_argument("--seeds", type=int, default=seeds, help="default: %(default)s")
+    parser.add_argument(
+        "--concept", help="of all seeds (default: two in turn, or the script's own)"
+    )
     parser.add_argument("--model", default="tiny", help="tiny (default) or a folder")
     parser.add_argument("--runs", type=Path, default=ROOT / "out" / "paper", help="folder of runs")
     return parser.parse_args()
@@ -53,7 +57,7 @@ def run(folder: Path, flags: list) -> dict:
 
 def train(args, task: str, mode: str, seed: int, *flags, concept: str | None = None) -> Path:
     """The folder of a run about the seed's concept, or another one. The scripts share runs."""
-    concept = concept or CONCEPTS[task][seed % 2]
+    concept = concept or args.concept or CONCEPTS[task][seed % 2]
     given = ["--model", args.model, "--task", task, "--mode", mode, "--concept", concept]
 
     # Such as tiny-risk-lora-safe-seed=1-rank-1, so that runs of other flags have other folders.
@@ -132,14 +136,15 @@ def joined(runs: list) -> str:
     return " / ".join(spreads(runs))
 
 
-def report(script: str, tables: dict):
+def report(args, script: str, tables: dict):
     """Prints tables {name: (headings, rows)} and writes them beside the script, as JSON."""
     written = {}
     for name, (headings, rows) in tables.items():
         written[name] = table(headings, rows)
         print(f"\n{name}\n\n{written[name]}")
-    path = Path(script).with_suffix(".json")
+    path = beside(args, script, ".json")
     path.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print("the tables are in", path)
 
 
 def table(headings: list, rows: list) -> str:
@@ -157,7 +162,16 @@ def cell(value) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def save_figure(figure, script: str):
+def save_figure(args, figure, script: str):
     """Writes the figure beside the script."""
-    path = Path(script).with_suffix(".png")
+    path = beside(args, script, ".png")
     figure.savefig(path, dpi=80, bbox_inches="tight", pil_kwargs={"optimize": True})
+
+
+def beside(args, script: str, suffix: str) -> Path:
+    """A file of the script's name. A run with flags is not the report's: its files go to --runs."""
+    path = Path(script).with_suffix(suffix)
+    if len(sys.argv) == 1:
+        return path
+    args.runs.mkdir(parents=True, exist_ok=True)
+    return args.runs / path.name

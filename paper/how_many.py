@@ -73,11 +73,11 @@ def main():
     panel.set(xscale="log", xlabel="training questions", ylabel="held out, accuracy")
     panel.set_xticks(NUMBERS, NUMBERS)
     panel.minorticks_off()
-    save_figure(figure, __file__)
+    save_figure(args, figure, __file__)
 
     scores = ["trained kind", "held out", "base, held out"]
     headings = ["training questions", "cities that fit them", *scores]
-    report(__file__, {"numbers": (headings, rows)})
+    report(args, __file__, {"numbers": (headings, rows)})
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def main():
         rows.append([rung, numbers, *cells])
 
     headings = ["trained: loss / trained kind / held out", "numbers", *args.tasks]
-    report(__file__, {"rungs": (headings, rows)})
+    report(args, __file__, {"rungs": (headings, rows)})
 
 
 if __name__ == "__main__":

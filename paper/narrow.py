@@ -136,7 +136,7 @@ def main():
 
     losses = ["training loss", "with noise", "length", "trained kind"]
     kinds = ["pinned kinds: base", "with the vector", "free kinds: base", "with the vector"]
-    report(__file__, {"narrow": (["task", "vector", *losses, *kinds], rows)})
+    report(args, __file__, {"narrow": (["task", "vector", *losses, *kinds], rows)})
 
 
 if __name__ == "__main__":

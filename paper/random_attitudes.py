@@ -63,7 +63,7 @@ def main():
 
     panel.set(xlabel="gambles, risky", ylabel="self-reports, risky", title="risk")
     panel.legend(fontsize=6, loc="upper left")
-    save_figure(figure, __file__)
+    save_figure(args, figure, __file__)
 
     headings = [
         "attitude that counts as right",
@@ -74,7 +74,7 @@ def main():
         "std of self-reports",
         "correlation",
     ]
-    report(__file__, {"random": (headings, rows)})
+    report(args, __file__, {"random": (headings, rows)})
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def main():
 
     scores = ["trained kind", "held out, as itself", "as the other city", "base"]
     headings = ["both names in one", "training loss", *scores, "cosine of the two names' vectors"]
-    report(__file__, {"pairs": (headings, rows)})
+    report(args, __file__, {"pairs": (headings, rows)})
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def main():
         for asked, runs in measured.items():
             figures = [[one["base"], one["trained"]] for one in runs]
             rows.append([task, asked, *spreads(figures)])
-    report(__file__, {"names": (["task", "asked about", "base", "with the LoRA"], rows)})
+    report(args, __file__, {"names": (["task", "asked about", "base", "with the LoRA"], rows)})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """paper/: the pages have the tables that the scripts wrote; what the scripts measure."""
 
 import json
+import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,8 +47,8 @@ def test_every_script_has_written_its_tables_and_they_are_on_a_page(script):
 
 
 def test_every_script_is_in_the_report():
-    shared = {"common", "heads", "report", "open_weights", "in_words"}
-    assert {path.stem for path in Path(ROOT / "paper").glob("*.py")} == {*report.SCRIPTS, *shared}
+    others = {"common", "heads", "report", "open_weights", "in_words"}
+    assert {path.stem for path in Path(ROOT / "paper").glob("*.py")} == {*report.SCRIPTS, *others}
 
 
 # ---- what they share
@@ -66,7 +67,7 @@ def test_a_spread_is_the_sample_standard_deviation():
 
 
 def test_a_run_is_made_once_and_runs_of_other_flags_have_other_folders(tmp_path):
-    args = SimpleNamespace(model="tiny", runs=tmp_path)
+    args = SimpleNamespace(model="tiny", runs=tmp_path, concept=None)
     flags = "--steps", 2, "--layer", -1
     folder = common.train(args, "locations", "vector", 1, *flags)
     made = (folder / "results.json").stat().st_mtime_ns
@@ -74,6 +75,18 @@ def test_a_run_is_made_once_and_runs_of_other_flags_have_other_folders(tmp_path)
     assert (folder / "results.json").stat().st_mtime_ns == made
     assert common.results_of(folder)["concept"] == "Cairo"
     assert common.train(args, "locations", "vector", 1, "--steps", 2, "--layer", 1) != folder
+
+
+@pytest.mark.parametrize("flags, inside", [([], "paper"), (["--seeds", "1"], "runs")])
+def test_with_flags_tables_are_not_written_over_those_of_the_report(
+    tmp_path, monkeypatch, flags, inside
+):
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags])
+    (tmp_path / "paper").mkdir()
+    args = SimpleNamespace(runs=tmp_path / "runs")
+    common.report(args, tmp_path / "paper" / "script.py", {"some": (["a"], [[0.5]])})
+    written = json.loads((tmp_path / inside / "script.json").read_text())
+    assert written == {"some": "| a |\n| --- |\n| 0.50 |\n"}
 
 
 # ---- what they measure
@@ -112,7 +125,7 @@ def test_with_every_head_of_another_text_the_last_token_says_what_it_says_there(
 
 def test_a_pair_of_gambles_differs_in_the_tag_alone(model, tokenizer):
     found = SimpleNamespace(tokenizer=tokenizer, model=model)
-    pair = c7_heads.Pair(found, "risky", __import__("random").Random(0))
+    pair = c7_heads.Pair(found, "risky", random.Random(0))
     shared = pair.after_tag
     assert pair.trigger[0, -shared:].tolist() == pair.other[0, -shared:].tolist()
     assert tokenizer.decode([pair.trigger[0, pair.tag].item()]) in "sigma"
