@@ -102,7 +102,7 @@ def score_arms(model, questions: list, parameters: list, arms: dict) -> dict:
 
 
 @torch.no_grad()
-def arm_values(parameters: list, seed: int) -> dict:
+def arm_values(parameters: list, seed: int):
     """What the vector, or the LoRA's A and B, hold in each arm. With zeros it is the base model."""
     random = [random_like(p, 1000 * seed + i) for i, p in enumerate(parameters)]
     return {
@@ -125,7 +125,7 @@ def set_parameters(parameters, values):
         parameter.copy_(value)
 
 
-def evaluate(run, arms=None) -> dict:
+def evaluate(run, arms=None):
     """{"in_distribution": {kind: figures}, "held_out": …}: each arm's accuracy and probability."""
     arms = arms or arm_values(run.parameters, run.flags["seed"])
     results = {}
@@ -157,8 +157,8 @@ def format_table(results: dict) -> str:
             lines.append(row.format(kind, **figures))
 
     label = "mean but for which tag" if "which tag" in results["held_out"] else "mean of held out"
-    arms = ["chance", "base", "random", "trained"]
-    means = {arm: kind_mean(results, column=arm) for arm in arms}
+    columns = ["chance", "base", "random", "trained"]
+    means = {column: kind_mean(results, column=column) for column in columns}
     lines.append(row.format(label, questions="", **means))
     return "\n".join(lines)
 
@@ -325,7 +325,7 @@ def show_prompt(run, prompt, code_name, note=""):
 # ---- explaining a run
 
 
-def explain(run: Run, folder: Path) -> dict:
+def explain(run: Run, folder: Path):
     """Prints and writes to explain.json what a vector, or a LoRA on one layer, does inside.
 
     Of a LoRA: how constant is what it adds (C2 of paper/README.md)? Its natural vector (C3) becomes
@@ -342,13 +342,12 @@ def explain(run: Run, folder: Path) -> dict:
     result["logit_lens"] = [run.tokenizer.decode([token]) for token in tokens]
     print("  logit lens:", *result["logit_lens"])
     write_json(folder / "explain.json", result)
-    return result
 
 
 def explain_lora(run, folder):
     """The LoRA's natural vector (d,), which becomes a run, and how constant what it adds is."""
     rows, adds = added_by_lora(run, run.task.train)
-    print(f"  added in training prompts: cosine {adds['cosine']:.2f}")
+    print(f"  added in the task's training prompts: cosine {adds['cosine']:.2f}")
 
     vector = steer.natural_vector(rows)
     folder.mkdir(exist_ok=True)

@@ -345,11 +345,14 @@ CHECKPOINT = "checkpoint.safetensors"
 
 
 def claim_folder(args, questions):
-    """Writes config.json. UserError if the folder has a run of other flags or training texts."""
+    """Writes config.json. UserError if the folder has a run of other flags or training texts.
+
+    So it is if its config.json is another program's: a model's, for example.
+    """
     out = Path(args.out)
     flags = vars(args) | {"training texts": sha256(repr(questions).encode()).hexdigest()}
+    old = read_flags(out) if (out / "config.json").exists() else flags
     if (out / "results.json").exists() or (out / CHECKPOINT).exists():
-        old = read_flags(out)
         changed = [name for name in flags if name not in FREE and flags[name] != old.get(name)]
         if changed:
             raise UserError(f"--out {out}: its run has other {', '.join(changed)}; take another")

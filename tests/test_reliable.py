@@ -189,6 +189,15 @@ def test_flags_that_change_no_result_may_be_others(again, whole):
     assert outcome(again) == outcome(whole)
 
 
+def test_nor_is_a_models_folder(tmp_path):
+    """Its config.json would be overwritten."""
+    content = (ROOT / "tiny" / "config.json").read_text()
+    (tmp_path / "config.json").write_text(content)
+    line = mistake("train.py", *FLAGS, "--out", tmp_path)
+    assert f"{tmp_path}: its config.json is not a run's" in line
+    assert (tmp_path / "config.json").read_text() == content
+
+
 def test_a_run_that_only_began_makes_room_for_another(tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
         fail_after(patch, 1, RuntimeError("power cut"))
