@@ -114,7 +114,7 @@ def go_through_layers(args) -> list:
 
 
 def main():
-    args = read_args(__doc__, TASKS, seeds=2)
+    args = read_args(__doc__, TASKS, seeds=2, one_concept=True)
     tables = {
         "nulls": (["task", "LoRA", "training loss", *FIGURES], compare_with_nulls(args)),
         "layers": (

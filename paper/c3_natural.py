@@ -117,7 +117,7 @@ def draw(args, swept: dict):
 
 
 def main():
-    args = read_args(__doc__, TASKS, seeds=4)
+    args = read_args(__doc__, TASKS, seeds=4, one_concept=True)
     swept = {}
     for task in args.tasks:
         swept[task] = [measure(train(args, task, "lora", seed)) for seed in range(args.seeds)]

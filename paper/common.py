@@ -21,6 +21,7 @@ from torch import Tensor
 
 from data import encode_question, make_task, make_tree
 from steer import what_is_added
+from train import at_least, model_name
 
 ROOT = Path(__file__).resolve().parent.parent  # where the modules are: so this is imported first
 # Even seeds are about the first of the two. No rate was chosen on these cities and functions; those
@@ -33,14 +34,17 @@ CONCEPTS = {
 }
 
 
-def read_args(doc: str, tasks: list, seeds: int):
-    """The flags that the scripts share, with these defaults."""
+def read_args(doc: str, tasks: list, seeds: int, one_concept: bool = False):
+    """The flags that the scripts share, with these defaults.
+
+    one_concept: with --concept all runs are about one city, function or attitude.
+    """
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("--tasks", nargs="+", default=tasks, choices=tasks)
-    parser.add_argument("--seeds", type=int, default=seeds, help="default: %(default)s")
-    parser.add_argument(
-        "--concept", help="of all seeds (default: two in turn, or the script's own)"
-    )
+    parser.add_argument("--seeds", type=at_least(1), default=seeds, help="default: %(default)s")
+    parser.set_defaults(concept=None)
+    if one_concept:
+        parser.add_argument("--concept", help="of all seeds (default: two in turn)")
     parser.add_argument("--model", default="tiny", help="tiny (default) or a folder")
     parser.add_argument("--runs", type=Path, default=ROOT / "out" / "paper", help="folder of runs")
     return parser.parse_args()
@@ -48,11 +52,18 @@ def read_args(doc: str, tasks: list, seeds: int):
 
 def run(folder: Path, flags: list) -> dict:
     """The results of a run of train.py with these flags, which is made if it is not there."""
-    results = folder / "results.json"
-    if not results.exists():
+    if not (folder / "results.json").exists():
         command = [sys.executable, ROOT / "train.py", *flags, "--out", folder]
-        subprocess.run([str(word) for word in command], check=True)
-    return json.loads(results.read_text())
+        done = subprocess.run([str(word) for word in command])
+        if done.returncode:
+            sys.exit(done.returncode)  # train.py has said why
+    results = results_of(folder)
+
+    # A folder's name has only the last part of the model's.
+    model = str(flags[flags.index("--model") + 1])
+    if model_name(model) != results["model"]:
+        sys.exit(f"error: {folder} is a run of {results['model']}: give another --runs")
+    return results
 
 
 def train(args, task: str, mode: str, seed: int, *flags, concept: str | None = None) -> Path:

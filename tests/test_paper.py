@@ -77,6 +77,19 @@ def test_a_run_is_made_once_and_runs_of_other_flags_have_other_folders(tmp_path)
     assert common.train(args, "locations", "vector", 1, "--steps", 2, "--layer", 1) != folder
 
 
+def test_a_run_of_another_model_in_a_folder_of_that_name_is_not_taken_for_it(tmp_path):
+    flags = ["--steps", 2]
+    common.run(tmp_path / "run", ["--model", "tiny", *flags])
+    with pytest.raises(SystemExit, match="is a run of tiny"):
+        common.run(tmp_path / "run", ["--model", ROOT / "tests", *flags])
+
+
+def test_what_train_refuses_ends_a_script_without_a_traceback(tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        common.run(tmp_path / "run", ["--model", "tiny", "--concept", "berlin"])
+    assert ended.value.code == 2
+
+
 @pytest.mark.parametrize("flags, inside", [([], "paper"), (["--seeds", "1"], "runs")])
 def test_with_flags_tables_are_not_written_over_those_of_the_report(
     tmp_path, monkeypatch, flags, inside
