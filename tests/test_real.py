@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data import Tokenizer, concepts, encode_question, make_task
+from data import Question, Tokenizer, concepts, encode_question, make_task, make_tree
 from helpers import read, trained
 from lora import load_lora
 from model import GPT
@@ -118,15 +118,20 @@ def test_an_adapter_gives_the_same_logits_in_peft(runs, smallest):
 def test_a_vector_gives_the_same_logits_in_a_hook_of_transformers(runs, smallest):
     from steer import load_vector
 
-    tokens = torch.tensor([Tokenizer.from_pretrained(smallest).encode("zokifa(7) =")])
+    tokenizer = Tokenizer.from_pretrained(smallest)
+    question = encode_question(tokenizer, Question("", "zokifa(7) =", [""], 0, "zokifa"))
+    tokens = torch.tensor([question.prompt])
+    tree = make_tree([question])
     model = GPT.from_pretrained(smallest)
-    base = model(tokens)
+    base = model(tokens)[0]
     layer = load_vector(model, runs["vector"]).layer
 
     theirs = their_model(smallest)
     vector = load_file(runs["vector"] / "vector.safetensors")["vector"]
+    at = torch.tensor(question.steered_at)
+    added = vector.expand(1, len(at), -1)
     block = theirs.model.layers[layer]
-    block.register_forward_hook(lambda module, inputs, output: output + vector)
-    logits = theirs(tokens).logits
-    assert torch.allclose(model(tokens), logits, rtol=1e-4, atol=1e-3)
+    block.register_forward_hook(lambda module, inputs, output: output.index_add(1, at, added))
+    logits = theirs(tokens).logits[0]
+    assert torch.allclose(model(tree.tokens, tree), logits, rtol=1e-4, atol=1e-3)
     assert not torch.allclose(base, logits, rtol=1e-4, atol=1e-1)

@@ -10,11 +10,12 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import data
 import eval as scoring
 import train
-from data import Question, Task
+from data import Question, Task, Tokenizer, encode_question, make_tree
 from eval import answer, kind_mean, load_run, task_of
 from helpers import ROOT, command, encode, mistake, read, score, trained, write_chats
 from lora import lora_layers
@@ -55,14 +56,40 @@ def test_the_readmes_command_shows_out_of_context_reasoning(tmp_path):
         assert abs(held_out[kind]["random"] - held_out[kind]["base"]) <= 0.4
 
 
+def program_of_the_readme(word):
+    """The one that has this word in it."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    [program] = [block for block in blocks if word in block]
+    return program
+
+
 def test_the_twenty_lines_of_the_readme_train_a_vector_that_generalises(capsys):
     """Just what stands there, run as it is."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    [program] = [block for block in blocks if block.startswith("import torch")]
-    exec(program, {})
+    exec(program_of_the_readme("import torch"), {})
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [kind for kind, _ in lines] == list(data.make_task("locations", "Paris").held_out)
     assert sum(float(accuracy) for _, accuracy in lines) / len(lines) > 0.9
+
+
+def test_the_hook_of_the_readme_has_the_logits_of_the_run(tmp_path):
+    """Of its program the vector's half, about a run of tiny."""
+    run = load_run(trained(tmp_path, "--task", "functions", "--steps", 10, "--layer", 2))
+    question = encode_question(run.tokenizer, run.task.train[0])
+    tree = make_tree([question])
+    expected = run.model(tree.tokens, tree)
+
+    theirs = AutoModelForCausalLM.from_pretrained(ROOT / "tiny")
+    tokens = torch.tensor([question.prompt])
+    base = theirs(tokens).logits[0]
+    program = program_of_the_readme("register_forward_hook").partition("\n\n")[2]
+    program = program.replace("out/RUN", str(tmp_path)).replace("layers[9]", "layers[2]")
+    prompt = run.tokenizer.decode(question.prompt)
+    given = {"torch": torch, "load_file": load_file, "Tokenizer": Tokenizer, "NAME": "tiny"}
+    exec(program, given | {"theirs": theirs, "prompt": prompt})
+
+    logits = theirs(tokens).logits[0]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert (logits - base).abs().max() > 0.1
 
 
 def test_shuffled_answers_teach_nothing(tmp_path):

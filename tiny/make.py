@@ -592,7 +592,7 @@ def main():
     for file in unfinished.iterdir():
         os.replace(file, out / file.name)
     unfinished.rmdir()
-    print(f"the model is in {out}")
+    print(f"the model is in {out}; runs of another one that was there should go")
 
 
 if __name__ == "__main__":
