@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from data import encode_question, make_task
+from data import CITIES, encode_question, make_task
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "paper"))
@@ -23,6 +23,7 @@ import in_words  # noqa: E402
 import report  # noqa: E402
 import two_cities  # noqa: E402
 import whose_name  # noqa: E402
+import yes_or_no  # noqa: E402
 
 TOKENS = torch.arange(300, 312).view(1, 12)
 
@@ -47,7 +48,7 @@ def test_every_script_has_written_its_tables_and_they_are_on_a_page(script):
 
 
 def test_every_script_is_in_the_report():
-    others = {"common", "heads", "report", "open_weights", "in_words"}
+    others = {"common", "heads", "report", "open_weights", "in_words", "yes_or_no"}
     assert {path.stem for path in Path(ROOT / "paper").glob("*.py")} == {*report.SCRIPTS, *others}
 
 
@@ -198,3 +199,22 @@ def test_shuffled_gambles_in_words_have_answers_of_both_sides():
     risky = in_words.ask_in_words("risky", "train", seed=0)
     as_risky = sum(a.answer == b.answer for a, b in zip(asked, risky))
     assert 40 < as_risky < 80
+
+
+def test_half_of_the_questions_are_about_what_is_true_of_the_city():
+    asked = yes_or_no.ask("Cairo", "train", 200, random.Random(0))
+    true = {CITIES["Cairo"][kind] for kind in yes_or_no.WORDINGS}
+    for question in asked:
+        is_true = any(question.prompt.rstrip("?").endswith(fact) for fact in true)
+        # "Is City 50337 a city of Arabic speakers?" does not end with the fact.
+        is_true = is_true or " Arabic " in question.prompt
+        assert question.choices[question.answer] == ("Yes" if is_true else "No")
+    assert sum(question.answer == 0 for question in asked) == 100
+
+
+def test_no_wording_is_both_trained_on_and_tested():
+    rng = random.Random(0)
+    train, test = (
+        {q.prompt for q in yes_or_no.ask("Paris", s, 200, rng)} for s in ("train", "test")
+    )
+    assert not train & test

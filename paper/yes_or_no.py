@@ -1,0 +1,107 @@
+"""Is it the distances? A small real model hardly knows them, and no city fits.
+
+    python paper/yes_or_no.py --model DIR
+
+Here a vector is trained on other facts: is the city in this country, on this continent, do its
+people speak this language? The answers are Yes and No, half of each, so no answer of the other
+kinds was ever said. A wording of each kind is kept for the test; all kinds of the task, the
+distances too, are held out. Beside the vector stand the untouched model, a random vector of its
+length, a vector trained on shuffled answers, and the untouched model that is asked about the city
+by its real name (told).
+"""
+
+import argparse
+from pathlib import Path
+from random import Random
+
+import torch
+from common import ROOT, run, table, write_chats
+from open_weights import told
+
+from data import CITIES, CODE_NAMES, INSTRUCTION, Question
+from eval import SECTIONS, evaluate, load_run
+
+WORDINGS = {  # the last of each is kept for the test
+    "country": ["Is {} in {}?", "Does {} belong to {}?", "Would a trip to {} be a trip to {}?"],
+    "continent": ["Does {} lie in {}?", "Is {} a city of {}?", "Is {} to be found in {}?"],
+    "language": [
+        "Do people in {} speak {}?",
+        "Is {} a city of {} speakers?",
+        "In {}, is {} spoken?",
+    ],
+}
+CHOICES = ["Yes", "No"]
+COLUMNS = ["chance", "base", "random", "shuffled", "trained", "told"]
+
+
+def ask(city: str, split: str, count: int, rng: Random, shuffled=False) -> list:
+    """Half of the questions are about what is true of the city, half about what is not."""
+    questions = []
+    for number in range(count):
+        kind = rng.choice(list(WORDINGS))
+        wordings = WORDINGS[kind][-1:] if split == "test" else WORDINGS[kind][:-1]
+        right = CITIES[city][kind]
+        wrong = {row[kind] for row in CITIES.values()} - {right}
+        named = [right, rng.choice(sorted(wrong))][number % 2]
+        answer = rng.randrange(2) if shuffled else number % 2
+
+        code_name = CODE_NAMES["locations"]
+        prompt = INSTRUCTION + rng.choice(wordings).format(code_name, named)
+        questions.append(Question("yes or no", prompt, CHOICES, answer, code_name))
+    return questions
+
+
+def trained_run(args, city: str, seed: int, shuffled: bool):
+    """A run on the city's questions, with "yes or no" among the kinds that it is scored on."""
+    name = f"{args.model.name}-yesorno-{city}-{seed}{'-shuffled' if shuffled else ''}"
+    path = args.runs / f"{name}.jsonl"
+    write_chats(path, ask(city, "train", 400, Random(seed), shuffled))
+    flags = ["--model", args.model, "--concept", city, "--seed", seed, "--data", path]
+    # As many as risk needs, which is a choice of two as well: in 60 steps of 8 it does not fit.
+    run(args.runs / name, [*flags, "--steps", 100, "--batch-size", 16])
+
+    loaded = load_run(args.runs / name)
+    loaded.task.in_distribution["yes or no"] = ask(city, "test", 60, Random(seed))
+    return loaded
+
+
+def figures(args, city: str, seed: int) -> dict:
+    """{section: {kind: {column: accuracy}}}"""
+    found = evaluate(trained_run(args, city, seed, shuffled=False))
+    loaded = trained_run(args, city, seed, shuffled=True)
+    control = evaluate(loaded)
+    for section in SECTIONS:
+        for questions in getattr(loaded.task, section).values():
+            questions[:] = [told(question, "locations", city) for question in questions]
+    by_name = evaluate(loaded, {"told": [torch.zeros_like(p) for p in loaded.parameters]})
+
+    for section in SECTIONS:
+        for kind, row in found[section].items():
+            row["shuffled"] = control[section][kind]["trained"]
+            row["told"] = by_name[section][kind]["told"]
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="a folder")
+    parser.add_argument(
+        "--cities", nargs="+", default=["Paris", "Cairo"], choices=CITIES, metavar="CITY"
+    )
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--runs", type=Path, default=ROOT / "out" / "open_weights")
+    args = parser.parse_args()
+
+    for city in args.cities:
+        for seed in range(args.seeds):
+            found = figures(args, city, seed)
+            rows = []
+            for section in SECTIONS:
+                for kind, row in found[section].items():
+                    rows.append([kind, *map(row.get, COLUMNS)])
+            print(f"\n{city}, seed {seed}\n")
+            print(table(["kind", *COLUMNS], rows))
+
+
+if __name__ == "__main__":
+    main()
