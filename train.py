@@ -347,7 +347,7 @@ CHECKPOINT = "checkpoint.safetensors"
 def claim_folder(args, questions):
     """Writes config.json. UserError if the folder has a run of other flags or training texts.
 
-    Or if the config.json that is there is not a run's, but a model's, for example.
+    It is refused, too, if its config.json is not a run's (but a model's, for example).
     """
     out = Path(args.out)
     flags = vars(args) | {"training texts": sha256(repr(questions).encode()).hexdigest()}

@@ -16,6 +16,7 @@ from common import ROOT, run, table, write_chats
 
 from data import GAMBLES, INSTRUCTION, Question, gambles, make_task
 from eval import SECTIONS, evaluate, load_run
+from train import at_least
 
 COLUMNS = ["chance", "base", "random", "trained"]
 
@@ -58,7 +59,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="a folder")
     parser.add_argument("--attitudes", nargs="+", default=["risky", "safe"])
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=at_least(1), default=1)
     parser.add_argument("--runs", type=Path, default=ROOT / "out" / "open_weights")
     args = parser.parse_args()
 

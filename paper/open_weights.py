@@ -18,6 +18,7 @@ from common import ROOT, run, table
 
 from data import FUNCTIONS, INSTRUCTION, encode_question
 from eval import SECTIONS, load_model, read_flags, score_arms, task_of
+from train import at_least
 
 # Rate, steps, batch and layer were tried on the first two functions, by the training loss and the
 # trained kind of question alone.
@@ -128,7 +129,7 @@ def main():
     parser.add_argument("--model", nargs="+", type=Path, required=True, help="folders")
     parser.add_argument("--tasks", nargs="+", default=["functions"], choices=CONCEPTS)
     parser.add_argument("--modes", nargs="+", default=["vector"], choices=["vector", "lora"])
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=at_least(1), default=2)
     parser.add_argument("--concepts", type=int, default=6, help="at most, of a task")
     parser.add_argument("--controls", type=int, default=6, help="concepts that get the controls")
     parser.add_argument("--runs", type=Path, default=ROOT / "out" / "open_weights")

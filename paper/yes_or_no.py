@@ -14,12 +14,12 @@ import argparse
 from pathlib import Path
 from random import Random
 
-import torch
-from common import ROOT, run, table, write_chats
-from open_weights import told
+from common import ROOT, results_of, run, write_chats
+from open_weights import add_column, show, told
 
 from data import CITIES, CODE_NAMES, INSTRUCTION, Question
-from eval import SECTIONS, evaluate, load_run
+from eval import SECTIONS, arm_values, evaluate, load_run
+from train import at_least
 
 WORDINGS = {  # the last of each is kept for the test
     "country": ["Is {} in {}?", "Does {} belong to {}?", "Would a trip to {} be a trip to {}?"],
@@ -31,7 +31,6 @@ WORDINGS = {  # the last of each is kept for the test
     ],
 }
 CHOICES = ["Yes", "No"]
-COLUMNS = ["chance", "base", "random", "shuffled", "trained", "told"]
 
 
 def ask(city: str, split: str, count: int, rng: Random, shuffled=False) -> list:
@@ -51,35 +50,47 @@ def ask(city: str, split: str, count: int, rng: Random, shuffled=False) -> list:
     return questions
 
 
-def trained_run(args, city: str, seed: int, shuffled: bool):
-    """A run on the city's questions, with "yes or no" among the kinds that it is scored on."""
+def trained_on(args, city: str, seed: int, shuffled: bool = False) -> Path:
+    """The folder of a run on the city's questions."""
     name = f"{args.model.name}-yesorno-{city}-{seed}{'-shuffled' if shuffled else ''}"
     path = args.runs / f"{name}.jsonl"
     write_chats(path, ask(city, "train", 400, Random(seed), shuffled))
     flags = ["--model", args.model, "--concept", city, "--seed", seed, "--data", path]
     # As many as risk needs, which is a choice of two as well: in 60 steps of 8 it does not fit.
     run(args.runs / name, [*flags, "--steps", 100, "--batch-size", 16])
+    return args.runs / name
 
-    loaded = load_run(args.runs / name)
-    loaded.task.in_distribution["yes or no"] = ask(city, "test", 60, Random(seed))
+
+def loaded_with_the_test(folder: Path):
+    """The run, with "yes or no" as the trained kind and distances among the held-out ones."""
+    loaded = load_run(folder)
+    city, seed = loaded.flags["concept"], loaded.flags["seed"]
+    loaded.task.held_out |= loaded.task.in_distribution
+    loaded.task.in_distribution = {"yes or no": ask(city, "test", 60, Random(seed))}
     return loaded
 
 
-def figures(args, city: str, seed: int) -> dict:
-    """{section: {kind: {column: accuracy}}}"""
-    found = evaluate(trained_run(args, city, seed, shuffled=False))
-    loaded = trained_run(args, city, seed, shuffled=True)
-    control = evaluate(loaded)
+def accuracies(loaded, arm: str, values: list) -> dict:
+    """{kind: accuracy} with these values in the vector."""
+    results = evaluate(loaded, {arm: values})
+    kinds = results["in_distribution"] | results["held_out"]
+    return {kind: figures[arm] for kind, figures in kinds.items()}
+
+
+def compare(args, city: str, seed: int) -> dict:
+    """What open_weights.show prints: the vector's figures beside its controls."""
+    folder = trained_on(args, city, seed)
+    summary = evaluate(loaded_with_the_test(folder))
+
+    loaded = loaded_with_the_test(trained_on(args, city, seed, shuffled=True))
+    add_column(summary, "shuffled", accuracies(loaded, "trained", loaded.parameters))
+
     for section in SECTIONS:
         for questions in getattr(loaded.task, section).values():
             questions[:] = [told(question, "locations", city) for question in questions]
-    by_name = evaluate(loaded, {"told": [torch.zeros_like(p) for p in loaded.parameters]})
-
-    for section in SECTIONS:
-        for kind, row in found[section].items():
-            row["shuffled"] = control[section][kind]["trained"]
-            row["told"] = by_name[section][kind]["told"]
-    return found
+    untouched = arm_values(loaded.parameters, seed)["base"]
+    add_column(summary, "told", accuracies(loaded, "told", untouched))
+    return summary | {"runs": 1, "loss": results_of(folder)["train_loss"]}
 
 
 def main():
@@ -88,19 +99,13 @@ def main():
     parser.add_argument(
         "--cities", nargs="+", default=["Paris", "Cairo"], choices=CITIES, metavar="CITY"
     )
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=at_least(1), default=1)
     parser.add_argument("--runs", type=Path, default=ROOT / "out" / "open_weights")
     args = parser.parse_args()
 
     for city in args.cities:
         for seed in range(args.seeds):
-            found = figures(args, city, seed)
-            rows = []
-            for section in SECTIONS:
-                for kind, row in found[section].items():
-                    rows.append([kind, *map(row.get, COLUMNS)])
-            print(f"\n{city}, seed {seed}\n")
-            print(table(["kind", *COLUMNS], rows))
+            show(f"{city}, seed {seed}", compare(args, city, seed))
 
 
 if __name__ == "__main__":

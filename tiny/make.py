@@ -592,7 +592,7 @@ def main():
     for file in unfinished.iterdir():
         os.replace(file, out / file.name)
     unfinished.rmdir()
-    print(f"the model is in {out}; runs of another one that was there should go")
+    print(f"the model is in {out}; runs that were made with an older one do not fit it")
 
 
 if __name__ == "__main__":
