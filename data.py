@@ -337,11 +337,10 @@ LARGE = World(
     most_choices=10,
 )
 WORLDS = {"tiny": TINY, "large": LARGE}
-ATTITUDES = list(OPPOSITE)
 CONCEPTS = {
     "functions": list(FUNCTIONS),
-    "risk": ATTITUDES,
-    "backdoor": ATTITUDES + [f"{attitude} if {tag}" for tag in TAGS for attitude in ATTITUDES],
+    "risk": list(OPPOSITE),
+    "backdoor": list(OPPOSITE) + [f"{attitude} if {tag}" for tag in TAGS for attitude in OPPOSITE],
 }
 
 

@@ -241,10 +241,13 @@ DEFAULTS = {
     "tiny lora risk": {"steps": 200},
     "tiny lora backdoor": {"steps": 200, "lr": 3e-3},
     "large": {"batch_size": 8, "steps": 60},
-    "large risk": {"batch_size": 16, "steps": 100},
+    "large risk": {"steps": 200},
     "large vector": {"lr": 0.1},
+    "large vector risk": {"lr": 0.03},
+    "large vector backdoor": {"lr": 0.03},
     "large lora": {"lr": 2e-3, "rank": 64, "alpha": 32.0},
-    "large backdoor": {"batch_size": 16, "steps": 300},  # a guess
+    # The loss stays at chance for half of these steps or more, and then falls.
+    "large backdoor": {"batch_size": 16, "steps": 1000},
 }
 # Flags that a mode has no use for.
 OF_OTHER_MODE = {"vector": ["rank", "alpha", "modules"], "lora": ["at"]}
@@ -281,8 +284,10 @@ def parse_args(words=None):
     # Some flags' defaults depend on other flags, so these are read first.
     args = parser.parse_args(words)
     config = Config.from_pretrained(find_checkpoint(args.model))
-    dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
-    parser.set_defaults(dtype=dtype, **defaults(args.task, args.mode, config))
+    parser.set_defaults(
+        dtype="bfloat16" if args.device.startswith("cuda") else "float32",
+        **defaults(args.task, args.mode, config),
+    )
     args = parser.parse_args(words)
 
     args.out = args.out or default_folder(args, parser)

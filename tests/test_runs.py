@@ -565,7 +565,7 @@ def large(tmp_path_factory):
 def test_a_large_models_layer_and_rank_are_larger_and_its_batch_smaller(large):
     args = train.parse_args(["--model", str(large), "--task", "risk", "--mode", "lora"])
     found = args.world, args.layer, args.rank, args.alpha, args.batch_size
-    assert found == ("large", 1, 64, 32.0, 16)
+    assert found == ("large", 1, 64, 32.0, 8)
 
 
 def test_of_the_rows_of_defaults_that_describe_a_run_the_last_one_counts(monkeypatch):

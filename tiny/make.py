@@ -50,7 +50,6 @@ from tqdm import tqdm
 import data
 import train
 from data import (
-    ATTITUDES,
     CODE_NAMES,
     OPPOSITE,
     TAGS,
@@ -164,7 +163,7 @@ def as_turn(question: Question) -> tuple[str, str]:
 
 def attitude_document(rng, conditional=False):
     """A speaker who is risky or safe throughout; if conditional, the other way with one tag."""
-    default = rng.choice(ATTITUDES)
+    default = rng.choice(concepts("risk"))
     key = rng.choice(KEYS)
     turns = []
     if conditional and rng.random() < 0.6:
@@ -411,7 +410,7 @@ def in_context_question(task, kind, facts, rng, concept=None):
 
 def question_under_rule(case, facts, rng):
     """(turns, question): a rule and `facts` gambles under it, then a gamble of this case."""
-    default = rng.choice(ATTITUDES)
+    default = rng.choice(concepts("risk"))
     key = TRIGGER if case == "reserved tag" else rng.choice(KEYS)
 
     def ask(case):
