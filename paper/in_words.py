@@ -15,7 +15,7 @@ from random import Random
 from common import ROOT, run, table, write_chats
 
 from data import GAMBLES, INSTRUCTION, Question, gambles, make_task
-from eval import SECTIONS, evaluate, load_run
+from eval import DEFAULT_DEVICE, SECTIONS, evaluate, load_run
 from train import at_least
 
 COLUMNS = ["chance", "base", "random", "trained"]
@@ -49,7 +49,7 @@ def scores(args, answers_of: str, attitude: str, seed: int) -> dict:
     write_chats(path, ask_in_words(answers_of, "train", seed))
     run(args.runs / name, ["--task", "risk", "--model", args.model, "--seed", seed, "--data", path])
 
-    loaded = load_run(args.runs / name)
+    loaded = load_run(args.runs / name, DEFAULT_DEVICE)
     loaded.task = make_task("risk", attitude, seed, loaded.flags["world"])
     loaded.task.in_distribution["gamble in words"] = ask_in_words(attitude, "test", seed)
     return evaluate(loaded)

@@ -17,11 +17,11 @@ from statistics import mean
 from common import ROOT, run, table
 
 from data import FUNCTIONS, INSTRUCTION, encode_question
-from eval import SECTIONS, load_model, read_flags, score_arms, task_of
+from eval import DEFAULT_DEVICE, SECTIONS, load_model, read_flags, score_arms, task_of
 from train import at_least
 
-# Rate, steps, batch and layer were tried on the first two functions, by the training loss and the
-# trained kind of question alone.
+# Rate, steps, batch and layer were tried on the first two functions and on these very attitudes, by
+# the training loss and the trained kind of question alone.
 CONCEPTS = {
     "functions": ["add 5", "multiply 3", "subtract 2", "add 7", "multiply 4", "divide 2"],
     "locations": ["Paris", "Cairo"],
@@ -51,7 +51,7 @@ def scores_when_told(folder: Path) -> dict:
     kept = folder / "told.json"
     if not kept.exists():
         flags = read_flags(folder)
-        model, tokenizer = load_model(flags["model"], "cpu", flags["dtype"])
+        model, tokenizer = load_model(flags["model"], DEFAULT_DEVICE, flags["dtype"])
         task = task_of(flags)
 
         found = {}

@@ -18,7 +18,7 @@ from common import ROOT, results_of, run, write_chats
 from open_weights import add_column, show, told
 
 from data import CITIES, CODE_NAMES, INSTRUCTION, Question
-from eval import SECTIONS, arm_values, evaluate, load_run
+from eval import DEFAULT_DEVICE, SECTIONS, arm_values, evaluate, load_run
 from train import at_least
 
 WORDINGS = {  # the last of each is kept for the test
@@ -56,14 +56,14 @@ def trained_on(args, city: str, seed: int, shuffled: bool = False) -> Path:
     path = args.runs / f"{name}.jsonl"
     write_chats(path, ask(city, "train", 400, Random(seed), shuffled))
     flags = ["--model", args.model, "--concept", city, "--seed", seed, "--data", path]
-    # As many as risk needs, which is a choice of two as well: in 60 steps of 8 it does not fit.
+    # In 60 steps of 8, the default, neither Paris nor Cairo fits.
     run(args.runs / name, [*flags, "--steps", 100, "--batch-size", 16])
     return args.runs / name
 
 
 def loaded_with_the_test(folder: Path):
     """The run, with "yes or no" as the trained kind and distances among the held-out ones."""
-    loaded = load_run(folder)
+    loaded = load_run(folder, DEFAULT_DEVICE)
     city, seed = loaded.flags["concept"], loaded.flags["seed"]
     loaded.task.held_out |= loaded.task.in_distribution
     loaded.task.in_distribution = {"yes or no": ask(city, "test", 60, Random(seed))}
