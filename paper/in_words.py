@@ -12,13 +12,12 @@ import argparse
 from pathlib import Path
 from random import Random
 
-from common import ROOT, run, table, write_chats
+from common import ROOT, results_of, run, write_chats
+from open_weights import add_column, show
 
 from data import GAMBLES, INSTRUCTION, Question, gambles, make_task
-from eval import DEFAULT_DEVICE, SECTIONS, evaluate, load_run
+from eval import DEFAULT_DEVICE, evaluate, load_run
 from train import at_least
-
-COLUMNS = ["chance", "base", "random", "trained"]
 
 
 def ask_in_words(attitude: str, split: str, seed: int) -> list:
@@ -40,7 +39,7 @@ def ask_in_words(attitude: str, split: str, seed: int) -> list:
 
 
 def scores(args, answers_of: str, attitude: str, seed: int) -> dict:
-    """{section: {kind: figures}} about an attitude, of a vector that was trained on these answers.
+    """What open_weights.show prints, about an attitude, of a vector trained on these answers.
 
     answers_of: "risky", "safe" or "shuffled". The last is trained once, and scored about both.
     """
@@ -50,9 +49,12 @@ def scores(args, answers_of: str, attitude: str, seed: int) -> dict:
     run(args.runs / name, ["--task", "risk", "--model", args.model, "--seed", seed, "--data", path])
 
     loaded = load_run(args.runs / name, DEFAULT_DEVICE)
-    loaded.task = make_task("risk", attitude, seed, loaded.flags["world"])
-    loaded.task.in_distribution["gamble in words"] = ask_in_words(attitude, "test", seed)
-    return evaluate(loaded)
+    task = make_task("risk", attitude, seed, loaded.flags["world"])
+    task.held_out |= task.in_distribution
+    task.in_distribution = {"gamble in words": ask_in_words(attitude, "test", seed)}
+    loaded.task = task
+    loss = results_of(args.runs / name)["train_loss"]
+    return evaluate(loaded) | {"runs": 1, "loss": loss}
 
 
 def main():
@@ -67,14 +69,9 @@ def main():
         for seed in range(args.seeds):
             found = scores(args, attitude, attitude, seed)
             control = scores(args, "shuffled", attitude, seed)
-
-            rows = []
-            for section in SECTIONS:
-                for kind, figures in found[section].items():
-                    shuffled = control[section][kind]["trained"]
-                    rows.append([kind, *map(figures.get, COLUMNS), shuffled])
-            print(f"\n{attitude}, seed {seed}\n")
-            print(table(["kind", *COLUMNS, "shuffled"], rows))
+            kinds = control["in_distribution"] | control["held_out"]
+            add_column(found, "shuffled", {kind: kinds[kind]["trained"] for kind in kinds})
+            show(f"{attitude}, seed {seed}", found)
 
 
 if __name__ == "__main__":
