@@ -11,12 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from data import CITIES, encode_question, make_task
+from data import CITIES, UserError, encode_question, make_task
 from helpers import ROOT
+from steer import SteeringVector, save_vector
 
 sys.path.insert(0, str(ROOT / "paper"))
 import c7_heads  # noqa: E402
 import common  # noqa: E402
+import directions  # noqa: E402
 import heads  # noqa: E402
 import how_many  # noqa: E402
 import in_words  # noqa: E402
@@ -48,7 +50,7 @@ def test_every_script_has_written_its_tables_and_they_are_on_a_page(script):
 
 
 def test_every_script_is_in_the_report():
-    others = {"common", "heads", "report", "open_weights", "in_words", "yes_or_no"}
+    others = {"common", "heads", "report", "open_weights", "in_words", "yes_or_no", "directions"}
     assert {path.stem for path in Path(ROOT / "paper").glob("*.py")} == {*report.SCRIPTS, *others}
 
 
@@ -218,3 +220,30 @@ def test_no_wording_is_both_trained_on_and_tested():
         {q.prompt for q in yes_or_no.ask("Paris", s, 200, rng)} for s in ("train", "test")
     )
     assert not train & test
+
+
+# ---- directions.py
+
+
+def saved_vector(folder, numbers):
+    folder.mkdir()
+    save_vector(SteeringVector(0, torch.tensor(numbers)), folder)
+    return folder
+
+
+def test_directions_are_compared_whatever_their_lengths(tmp_path):
+    one = saved_vector(tmp_path / "one", [3.0, 4.0])
+    other = saved_vector(tmp_path / "other", [-6.0, -8.0])
+    headings, rows = directions.compare([one, other])
+    assert headings == ["run", "length", 0, 1]
+    assert rows[0] == ["0: one", 5.0, pytest.approx(1), pytest.approx(-1)]
+    assert rows[1][:2] == ["1: other", 10.0]
+
+
+def test_directions_refuses_a_run_without_a_vector_and_vectors_of_two_models(tmp_path):
+    one = saved_vector(tmp_path / "one", [3.0, 4.0])
+    other = saved_vector(tmp_path / "other", [1.0, 2.0, 3.0])
+    with pytest.raises(UserError, match="models of different sizes"):
+        directions.compare([one, other])
+    with pytest.raises(UserError, match=f"{tmp_path}: it is no run of a vector"):
+        directions.compare([tmp_path])
