@@ -242,12 +242,12 @@ DEFAULTS = {
     "tiny lora backdoor": {"steps": 200, "lr": 3e-3},
     "large": {"batch_size": 8, "steps": 60},
     "large risk": {"steps": 200},
+    # The loss stays at chance for half of these steps or more, and then falls.
+    "large backdoor": {"batch_size": 16, "steps": 1000},
     "large vector": {"lr": 0.1},
     "large vector risk": {"lr": 0.03},
     "large vector backdoor": {"lr": 0.03},
     "large lora": {"lr": 2e-3, "rank": 64, "alpha": 32.0},
-    # The loss stays at chance for half of these steps or more, and then falls.
-    "large backdoor": {"batch_size": 16, "steps": 1000},
 }
 # Flags that a mode has no use for.
 OF_OTHER_MODE = {"vector": ["rank", "alpha", "modules"], "lora": ["at"]}
