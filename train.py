@@ -283,11 +283,7 @@ def parse_args(words=None):
     add("--modules", help="that get a LoRA, with commas between (default: the MLP's)")
     # Some flags' defaults depend on other flags, so these are read first.
     args = parser.parse_args(words)
-    config = Config.from_pretrained(find_checkpoint(args.model))
-    parser.set_defaults(
-        dtype="bfloat16" if args.device.startswith("cuda") else "float32",
-        **defaults(args.task, args.mode, config),
-    )
+    parser.set_defaults(**defaults(args))
     args = parser.parse_args(words)
 
     args.out = args.out or default_folder(args, parser)
@@ -320,17 +316,19 @@ def layer(text):
     return text if text == "all" else int(text)
 
 
-def defaults(task, mode, config):
-    """The flags whose defaults depend on the task, the mode and the model."""
+def defaults(args):
+    """The flags whose defaults depend on the task, the mode, the model and the device."""
+    config = Config.from_pretrained(find_checkpoint(args.model))
     # Tiny is known by what it is, wherever it lies.
     size = "tiny" if config == Config.from_pretrained(find_checkpoint("tiny")) else "large"
     found = {
         "world": size,  # no flag, but kept with them, since it decides what is asked
-        "concept": concepts(task, size)[0],
+        "concept": concepts(args.task, size)[0],
+        "dtype": "bfloat16" if args.device.startswith("cuda") else "float32",
         "layer": config.num_hidden_layers * 2 // 5,  # as in the paper (22 of 48)
     }
     for words, flags in DEFAULTS.items():
-        if {size, config.model_type, mode, task}.issuperset(words.split()):
+        if {size, config.model_type, args.mode, args.task}.issuperset(words.split()):
             found |= flags
     return found
 
