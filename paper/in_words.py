@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 
 from common import ROOT, results_of, run, write_chats
-from open_weights import add_column, show
+from open_weights import accuracies, add_column, show
 
 from data import GAMBLES, INSTRUCTION, Question, gambles, make_task
 from eval import DEFAULT_DEVICE, evaluate, load_run
@@ -69,8 +69,7 @@ def main():
         for seed in range(args.seeds):
             found = scores(args, attitude, attitude, seed)
             control = scores(args, "shuffled", attitude, seed)
-            kinds = control["in_distribution"] | control["held_out"]
-            add_column(found, "shuffled", {kind: kinds[kind]["trained"] for kind in kinds})
+            add_column(found, "shuffled", accuracies(control))
             show(f"{attitude}, seed {seed}", found)
 
 

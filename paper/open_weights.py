@@ -80,8 +80,7 @@ def collect(args, model: Path, task: str, mode: str) -> dict:
             results.append(result)
             if seed == 0 and number < args.controls:
                 shuffled = run(args.runs / f"{name}-shuffled", [*flags, "--shuffle-answers"])
-                kinds = shuffled["in_distribution"] | shuffled["held_out"]
-                add_column(result, "shuffled", {kind: kinds[kind]["trained"] for kind in kinds})
+                add_column(result, "shuffled", accuracies(shuffled))
                 if task != "backdoor":
                     add_column(result, "told", scores_when_told(args.runs / name))
 
@@ -95,6 +94,12 @@ def collect(args, model: Path, task: str, mode: str) -> dict:
             for kind in results[0][section]
         }
     return summary
+
+
+def accuracies(results: dict, arm: str = "trained") -> dict:
+    """{kind: accuracy} of one arm."""
+    kinds = results["in_distribution"] | results["held_out"]
+    return {kind: figures[arm] for kind, figures in kinds.items()}
 
 
 def add_column(result: dict, column: str, of_kinds: dict):

@@ -1,4 +1,4 @@
-"""Is it the distances? A small real model hardly knows them, and no city fits.
+"""Is it the distances? A small real model hardly knows them, and in 60 steps no city fits.
 
     python paper/yes_or_no.py --model DIR
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 
 from common import ROOT, results_of, run, write_chats
-from open_weights import add_column, show, told
+from open_weights import accuracies, add_column, show, told
 
 from data import CITIES, CODE_NAMES, INSTRUCTION, Question
 from eval import DEFAULT_DEVICE, SECTIONS, arm_values, evaluate, load_run
@@ -70,26 +70,19 @@ def loaded_with_the_test(folder: Path):
     return loaded
 
 
-def accuracies(loaded, arm: str, values: list) -> dict:
-    """{kind: accuracy} with these values in the vector."""
-    results = evaluate(loaded, {arm: values})
-    kinds = results["in_distribution"] | results["held_out"]
-    return {kind: figures[arm] for kind, figures in kinds.items()}
-
-
 def compare(args, city: str, seed: int) -> dict:
     """What open_weights.show prints: the vector's figures beside its controls."""
     folder = trained_on(args, city, seed)
     summary = evaluate(loaded_with_the_test(folder))
 
     loaded = loaded_with_the_test(trained_on(args, city, seed, shuffled=True))
-    add_column(summary, "shuffled", accuracies(loaded, "trained", loaded.parameters))
+    add_column(summary, "shuffled", accuracies(evaluate(loaded, {"trained": loaded.parameters})))
 
     for section in SECTIONS:
         for questions in getattr(loaded.task, section).values():
             questions[:] = [told(question, "locations", city) for question in questions]
     untouched = arm_values(loaded.parameters, seed)["base"]
-    add_column(summary, "told", accuracies(loaded, "told", untouched))
+    add_column(summary, "told", accuracies(evaluate(loaded, {"told": untouched}), "told"))
     return summary | {"runs": 1, "loss": results_of(folder)["train_loss"]}
 
 

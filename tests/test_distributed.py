@@ -77,8 +77,8 @@ def folder(tmp_path_factory):
         trained(folder / "one" / name, *flags)
 
     (folder / "several.py").write_text(SEVERAL)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    torchrun.append("--local-addr=127.0.0.1")  # not every machine can look its own name up
+    here = "--standalone", "--local-addr=127.0.0.1"  # not every machine can look its own name up
+    torchrun = "-m", "torch.distributed.run", *here, "--nproc_per_node=2"
     given = folder / "several.py", ROOT, folder / "two", json.dumps(RUNS)
     start = [sys.executable, *torchrun, *given]
     done = subprocess.run(start, capture_output=True, text=True)
