@@ -20,7 +20,7 @@ from common import read_args, report, train
 from heads import look_inside, with_resampled
 from torch import Tensor
 
-from data import TAGS, TINY, TRIGGER, attitude_question, encode_question, with_tag
+from data import TAGS, TRIGGER, WORLDS, attitude_question, encode_question, with_tag
 from eval import load_run
 from steer import switched_off
 
@@ -32,7 +32,8 @@ class Pair:
     """A gamble with the trigger, and the same one with another tag, as token ids (1, T)."""
 
     def __init__(self, loaded, attitude, rng):
-        plain = attitude_question(attitude, rng, TINY, None, "gamble", "test")
+        world = WORLDS[loaded.flags["world"]]
+        plain = attitude_question(attitude, rng, world, None, "gamble", "test")
         other_tag = rng.choice([tag for tag in TAGS if tag != TRIGGER])
         triggered = self.encode(loaded, plain, TRIGGER)
         other = self.encode(loaded, plain, other_tag)

@@ -34,14 +34,16 @@ CONCEPTS = {
 }
 
 
-def read_args(doc: str, tasks: list, seeds: int, one_concept: bool = False):
+def read_args(doc: str, tasks: list, seeds: int | None = None, one_concept: bool = False):
     """The flags that the scripts share, with these defaults.
 
-    one_concept: with --concept all runs are about one city, function or attitude.
+    seeds: None if a script has no use for several. one_concept: with --concept all runs are about
+    one city, function or attitude.
     """
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("--tasks", nargs="+", default=tasks, choices=tasks)
-    parser.add_argument("--seeds", type=at_least(1), default=seeds, help="default: %(default)s")
+    if seeds is not None:
+        parser.add_argument("--seeds", type=at_least(1), default=seeds, help="default: %(default)s")
     parser.set_defaults(concept=None)
     if one_concept:
         parser.add_argument("--concept", help="of all seeds (default: two in turn)")

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from common import table
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
 
@@ -22,7 +23,7 @@ def compare(folders: list) -> tuple:
     """(headings, rows): the length of each run's vector, and its cosine with every other one."""
     vectors = {}
     for folder in folders:
-        with blame(f"{folder}: it is no run of a vector", OSError):
+        with blame(f"{folder}: no run of a vector, or a damaged one", OSError, SafetensorError):
             vectors[folder] = load_file(folder / "vector.safetensors")["vector"]  # (d,)
 
     rows = []

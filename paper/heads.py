@@ -18,11 +18,12 @@ def look_inside(model, tokens: Tensor) -> tuple:
     def keep_attention(module, given):
         x, rope, _, _ = given  # of Attention.forward
         q = module.q_proj(x).unflatten(-1, (-1, module.head_dim))  # (1, T, H, D)
-        k = module.k_proj(x).unflatten(-1, (-1, module.head_dim))  # tiny has as many key heads
+        k = module.k_proj(x).unflatten(-1, (-1, module.head_dim))  # (1, T, K, D)
         q = rotate(module.q_norm(q), *rope)
         k = rotate(module.k_norm(k), *rope)
         q = q[0].transpose(0, 1)  # (H, T, D)
-        k = k[0].transpose(0, 1)
+        k = k[0].transpose(0, 1)  # (K, T, D)
+        k = k.repeat_interleave(len(q) // len(k), dim=0)  # query heads may share a key head
 
         scores = module.scale * q @ k.mT  # (H, T, T)
         seen = torch.ones_like(scores, dtype=torch.bool).tril()
@@ -63,7 +64,8 @@ def with_resampled(model, tokens: Tensor, heads: list, outputs: list, count: int
             return (x,)
 
         hooks.append(attention.o_proj.register_forward_pre_hook(replaced))
-    logits = model(tokens)[0, -1]
+    x = model.run_blocks(model.embed(tokens))  # (1, T, d)
+    logits = model.unembed(model.norm(x[0, -1]))  # of the last token alone: it saves time
     for hook in hooks:
         hook.remove()
     return logits

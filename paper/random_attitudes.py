@@ -34,7 +34,7 @@ def measure(folder, first_seed: int) -> tuple:
 
 
 def main():
-    args = read_args(__doc__, ["risk"], seeds=1)
+    args = read_args(__doc__, ["risk"])
     figure, panel = plt.subplots(figsize=(3.6, 3.4))
     rows = []
     for attitude, color in [("risky", "tab:red"), ("safe", "tab:green")]:

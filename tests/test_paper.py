@@ -122,6 +122,16 @@ def test_attention_is_that_of_transformers(model, theirs):
         torch.testing.assert_close(mine, other[0], atol=1e-5, rtol=0)
 
 
+def test_attention_is_that_of_transformers_where_heads_share_keys(saved):
+    family = saved("qwen2")
+    tokens = torch.arange(12).view(1, 12)
+    ours, _ = heads.look_inside(family.load(), tokens)
+    with torch.no_grad():
+        expected = family.theirs(tokens, output_attentions=True).attentions
+    for mine, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, other[0], atol=1e-5, rtol=0)
+
+
 def test_a_head_that_writes_what_it_wrote_anyway_changes_nothing(model):
     _, outputs = heads.look_inside(model, TOKENS)
     some = [(0, 1), (2, 3)]
@@ -140,7 +150,7 @@ def test_with_every_head_of_another_text_the_last_token_says_what_it_says_there(
 
 
 def test_a_pair_of_gambles_differs_in_the_tag_alone(model, tokenizer):
-    found = SimpleNamespace(tokenizer=tokenizer, model=model)
+    found = SimpleNamespace(tokenizer=tokenizer, model=model, flags={"world": "tiny"})
     pair = c7_heads.Pair(found, "risky", random.Random(0))
     shared = pair.after_tag
     assert pair.trigger[0, -shared:].tolist() == pair.other[0, -shared:].tolist()
@@ -240,10 +250,13 @@ def test_directions_are_compared_whatever_their_lengths(tmp_path):
     assert rows[1][:2] == ["1: other", 10.0]
 
 
-def test_directions_refuses_a_run_without_a_vector_and_vectors_of_two_models(tmp_path):
+def test_directions_refuses_no_vector_a_damaged_one_and_vectors_of_two_models(tmp_path):
     one = saved_vector(tmp_path / "one", [3.0, 4.0])
     other = saved_vector(tmp_path / "other", [1.0, 2.0, 3.0])
     with pytest.raises(UserError, match="models of different sizes"):
         directions.compare([one, other])
-    with pytest.raises(UserError, match=f"{tmp_path}: it is no run of a vector"):
+    with pytest.raises(UserError, match=f"{tmp_path}: no run of a vector"):
         directions.compare([tmp_path])
+    (one / "vector.safetensors").write_bytes(b"half a file")
+    with pytest.raises(UserError, match=f"{one}: .*damaged"):
+        directions.compare([one])
