@@ -135,6 +135,8 @@ def evaluate(run, arms=None):
             chance = fmean(1 / len(question.choices) for question in questions)
             figures = {"chance": round(chance, 4), "questions": len(questions)}
             encoded = [encode_question(run.tokenizer, question) for question in questions]
+            if [] in [question.steered_at for question in encoded]:
+                print(f"{kind}: some questions have no token at which a vector would be added")
             for arm, scores in score_arms(run.model, encoded, run.parameters, arms).items():
                 accuracy, probability = scores.mean(dim=1).tolist()
                 figures |= {arm: round(accuracy, 4), f"{arm}_probability": round(probability, 4)}
@@ -157,8 +159,10 @@ def format_table(results: dict) -> str:
             lines.append(row.format(kind, **figures))
 
     label = "mean but for which tag" if "which tag" in results["held_out"] else "mean of held out"
-    columns = ["chance", "base", "random", "trained"]
-    means = {column: kind_mean(results, column=column) for column in columns}
+    means = {
+        column: kind_mean(results, column=column)
+        for column in ["chance", "base", "random", "trained"]
+    }
     lines.append(row.format(label, questions="", **means))
     return "\n".join(lines)
 

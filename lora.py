@@ -142,7 +142,7 @@ def peft_tensors(model) -> dict:
     }
 
 
-def save_lora(model, folder: str | Path):
+def save_lora(model, folder):
     """Writes adapter_config.json and adapter_model.safetensors as PEFT does."""
     wrapped = lora_layers(model)
     first = next(iter(wrapped.values()))
@@ -158,7 +158,7 @@ def save_lora(model, folder: str | Path):
     save_file(peft_tensors(model), Path(folder) / "adapter_model.safetensors")
 
 
-def load_lora(model, folder: str | Path) -> list:
+def load_lora(model, folder) -> list:
     """Adds the LoRA that save_lora or PEFT wrote to the folder; returns each A and B.
 
     ValueError names what does not fit the model, or what would make PEFT compute another sum; it is

@@ -7,6 +7,8 @@ A model has one slot for it, after the embedding or a block, and run_blocks adds
                                             # (data.py) where its `steered` says
     detach(model)                           # the model is exactly what it was
 
+For vectors at several layers replace model.steer, which adds this one.
+
 Below that: what a LoRA adds to the residual stream, how constant that is, and the one vector that
 stands for it; and the logit lens.
 """
@@ -62,7 +64,7 @@ def detach(model):
     model.steering = None
 
 
-def save_vector(steering: SteeringVector, folder: str | Path):
+def save_vector(steering: SteeringVector, folder):
     """Writes FOLDER/vector.safetensors: "vector" (d,) float32, and the layer in its metadata."""
     save_file(
         {"vector": steering.vector},
@@ -71,7 +73,7 @@ def save_vector(steering: SteeringVector, folder: str | Path):
     )
 
 
-def load_vector(model, folder: str | Path) -> SteeringVector:
+def load_vector(model, folder) -> SteeringVector:
     """Attaches the vector that save_vector wrote to the folder. ValueError if it does not fit.
 
     OSError or SafetensorError if the file is missing or damaged.
@@ -120,8 +122,8 @@ def constancy(rows: Tensor) -> dict:
     point the same way have 1, rows that lie on one line in both directions about 0.
     """
     unit = normalize(rows, dim=-1)  # (N, d)
-    first, second = torch.triu_indices(len(rows), len(rows), offset=1)  # every two, each once
-    cosines = (unit @ unit.T)[first, second]  # (N (N - 1) / 2,)
+    two_rows = ~torch.eye(len(rows), dtype=torch.bool)  # not a row with itself
+    cosines = (unit @ unit.T)[two_rows]  # (N (N - 1),): every two, twice
     return {
         "cosine": cosines.mean().item(),
         "abs_cosine": cosines.abs().mean().item(),

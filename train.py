@@ -211,7 +211,9 @@ def training_questions(args, task, tokenizer):
         questions = read_conversations(args.data, tokenizer, name)
 
     if args.mode == "vector" and all(question.steered_at == [] for question in questions):
-        raise UserError(f"--at: no training prompt has {name!r} in it; name a text that is there")
+        raise UserError(
+            f"--at or --data: no training prompt has {name!r} in it; name a text that is there"
+        )
     return questions
 
 
@@ -275,7 +277,7 @@ def parse_args(words=None):
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda")
     add("--out", help="folder (default: out/ and the flags given)")
     add("--save-every", type=at_least(1), help="steps between checkpoints")
-    add("--resume", action="store_true", help="go on from the checkpoint, if there is one")
+    add("--resume", action="store_true", help="go on from the checkpoint, and not from the start")
     add("--shard", action="store_true", help="split the model over torchrun's processes")
     add("--at", help="text to add a vector at (default: the code name)")
     add("--rank", type=at_least(1), help="a LoRA's (default: 8, large models 64)")
@@ -319,8 +321,9 @@ def layer(text):
 def defaults(args):
     """The flags whose defaults depend on the task, the mode, the model and the device."""
     config = Config.from_pretrained(find_checkpoint(args.model))
-    # Tiny is known by what it is, wherever it lies.
-    size = "tiny" if config == Config.from_pretrained(find_checkpoint("tiny")) else "large"
+    # Tiny is known by its shape, wherever it lies and whatever its words are.
+    tiny = Config.from_pretrained(find_checkpoint("tiny"))
+    size = "tiny" if replace(config, vocab_size=tiny.vocab_size) == tiny else "large"
     found = {
         "world": size,  # no flag, but kept with them, since it decides what is asked
         "concept": concepts(args.task, size)[0],
@@ -358,7 +361,8 @@ def claim_folder(args, questions):
     if (out / "results.json").exists() or (out / CHECKPOINT).exists():
         changed = [name for name in flags if name not in FREE and flags[name] != old.get(name)]
         if changed:
-            raise UserError(f"--out {out}: its run has other {', '.join(changed)}; take another")
+            other = ", ".join(changed)
+            raise UserError(f"--out {out}: its run has other {other}; remove it or take another")
 
     with blame(f"--out {out}", OSError):
         out.mkdir(parents=True, exist_ok=True)

@@ -262,6 +262,13 @@ def test_a_large_model_is_asked_more_in_more_ways(task, concept, most):
         assert large.held_out.keys() >= tiny.held_out.keys()
 
 
+def test_every_city_is_there_once_and_has_every_answer():
+    """An empty answer would be a choice that is always the likeliest."""
+    assert len(CITIES) == len(data.TABLE) - 1
+    for row in CITIES.values():
+        assert None not in row and all(row.values())
+
+
 def test_the_seed_decides_what_is_held_out():
     assert data.make_task("backdoor", "safe", 3) == data.make_task("backdoor", "safe", 3)
     assert data.make_task("backdoor", "safe", 3) != data.make_task("backdoor", "safe", 4)

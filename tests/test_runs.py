@@ -274,11 +274,17 @@ def test_own_chats_with_at_are_trained_on_there(tmp_path):
     assert found["trained_probability"] == found["base_probability"]
 
 
+def test_kinds_that_a_vector_is_not_added_in_are_named(tmp_path):
+    _, out, _ = command("train.py", "--at", " km", "--steps", 2, "--out", tmp_path / "run")
+    assert "country: some questions have no token at which a vector would be added" in out
+    assert "distance: some questions" not in out
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ("", "--at: no training prompt has 'City 50337' in it"),
-        ("--task risk --at [sigma]", "--at: no training prompt has '[sigma]' in it"),
+        ("", "--at or --data: no training prompt has 'City 50337' in it"),
+        ("--task risk --at [sigma]", "--at or --data: no training prompt has '[sigma]' in it"),
         ("--task risk --shuffle-answers", "--shuffle-answers"),
     ],
 )
@@ -437,7 +443,7 @@ def test_a_run_whose_flags_do_not_fit_is_refused(tokyo, tmp_path, monkeypatch, f
         ("--rank 8", "--rank: it goes with the other --mode"),
         ("--alpha 8", "--alpha: it goes with the other --mode"),
         ("--modules up_proj", "--modules: it goes with the other --mode"),
-        ("--at Atlantis", "--at: no training prompt has 'Atlantis'"),
+        ("--at Atlantis", "--at or --data: no training prompt has 'Atlantis'"),
         ("--steps 0", "--steps: 0 should be from 1 to"),
         ("--steps 1.5", "--steps: invalid number value: '1.5'"),
         ("--lr -0.1", "--lr: -0.1 should be"),
@@ -560,6 +566,13 @@ def large(tmp_path_factory):
     config = read(folder, "config.json") | {"rms_norm_eps": 1e-3}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def test_tiny_with_other_words_is_asked_what_tiny_is(tiny_folder, tmp_path):
+    config = json.loads((tiny_folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 2000}))
+    args = train.parse_args(["--model", str(tmp_path)])
+    assert (args.world, args.steps) == ("tiny", 150)
 
 
 def test_a_large_models_layer_and_rank_are_larger_and_its_batch_smaller(large):
