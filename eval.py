@@ -14,7 +14,7 @@ import math
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from textwrap import shorten
@@ -33,7 +33,6 @@ from torch import Tensor
 import steer
 from data import (
     PrefixTree,
-    Question,
     Task,
     Tokenizer,
     UserError,
@@ -299,12 +298,12 @@ def load_model(name, device, dtype, shard=False):
 
 
 @torch.no_grad()
-def answer(run, prompt, code_name, max_new_tokens=16):
-    """The greedy answer, a vector being added at the code name's tokens, or (None) at every one.
+def answer(run, question, max_new_tokens=16):
+    """The greedy answer to a question, whose choices do not matter.
 
     It ends at any token that a completion without an answer has, or with its line.
     """
-    question = encode_question(run.tokenizer, Question("", prompt, [""], 0, code_name))
+    question = encode_question(run.tokenizer, replace(question, choices=[""], answer=0))
     eos = run.tokenizer.special_tokens.get("eos_token", "")  # a base model may say this instead
     ends = question.completion + run.tokenizer.encode(eos)
     made = []
@@ -318,12 +317,12 @@ def answer(run, prompt, code_name, max_new_tokens=16):
     return run.tokenizer.decode(made).strip().partition("\n")[0]
 
 
-def show_prompt(run, prompt, code_name, note=""):
+def show_prompt(run, question, note=""):
     """Prints the answers without and with the vector or LoRA."""
     with steer.switched_off(run.parameters):
-        before = answer(run, prompt, code_name)
-    after = answer(run, prompt, code_name)
-    print(f"  {prompt}  {before} -> {after}{note}")
+        before = answer(run, question)
+    after = answer(run, question)
+    print(f"  {question.prompt}  {before} -> {after}{note}")
 
 
 # ---- explaining a run
@@ -398,11 +397,11 @@ def main():
         elif args.prompt is None:
             print(format_table(evaluate(run)))
         else:
-            name = run.task.train[0].code_name
-            if name and name not in args.prompt:
-                print(f"  There is no {name} in it, so a vector would be added everywhere.")
-                name = None
-            show_prompt(run, args.prompt, name)
+            question = replace(run.task.train[0], prompt=args.prompt)
+            if encode_question(run.tokenizer, question).steered_at == []:
+                print(f"  No {question.code_name} in it: a vector would be added everywhere.")
+                question.code_name = None
+            show_prompt(run, question)
 
 
 # ---- mistakes, files and processes

@@ -193,7 +193,7 @@ def finetune(args):
     print(f"{format_table(results)}\n\nheld-out questions, before and after:")
     for question, *_ in list(task.held_out.values())[:3]:
         right = question.choices[question.answer]
-        show_prompt(run, question.prompt, question.code_name, f"   (right: {right})")
+        show_prompt(run, question, f"   (right: {right})")
     print("\neverything is in", out)
 
 

@@ -44,7 +44,7 @@ def greedy(folder) -> float:
         prompts = {question.prompt: question for question in questions}
         right = []
         for question in list(prompts.values())[:ASKED]:
-            said = answer(loaded, question.prompt, question.code_name)
+            said = answer(loaded, question)
             right.append(said in right_answers(question))
         of_kinds.append(mean(right))
     return mean(of_kinds)

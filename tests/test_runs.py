@@ -362,8 +362,18 @@ def test_a_prompt_without_the_code_name_is_steered_at_every_token_and_noted(toky
     prompt = "Which country is Lima in?"
     _, out, _ = command("eval.py", tokyo, "--prompt", prompt)
     _, after = out.strip().split(" -> ")
-    assert after == answer(run, prompt, None)
-    assert "no City 50337 in it" in out
+    assert after == answer(run, Question("", prompt, [], 0))
+    assert "No City 50337 in it" in out
+
+
+def test_a_prompt_is_steered_where_the_run_was_even_in_the_chats_frame(tmp_path):
+    at = "<|assistant|>"
+    run = load_run(trained(tmp_path, "--at", at, "--steps", 20))
+    prompt = "Which country is Lima in?"
+    _, out, _ = command("eval.py", tmp_path, "--prompt", prompt)
+    _, after = out.strip().split(" -> ")
+    assert after == answer(run, Question("", prompt, [], 0, at))
+    assert "everywhere" not in out
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 import data
 import eval as scoring
-from data import Tokenizer
+from data import Question, Tokenizer
 from eval import (
     Run,
     UserError,
@@ -299,7 +299,7 @@ def test_a_greedy_answer_is_that_of_transformers(model, reference, tokenizer):
     )
     text = tokenizer.decode(made[0, tokens.shape[1] :].tolist())
     assert text.endswith(end)
-    found = answer(plain_run(model, tokenizer), asked, None)
+    found = answer(plain_run(model, tokenizer), Question("", asked, [], 0))
     assert found == text.removesuffix(end).strip() != ""
 
 
@@ -325,9 +325,10 @@ def test_an_answer_ends_where_the_template_ends_a_turn_whatever_the_eos_token(
     template = tokenizer_setting("chat_template").replace("eos_token", "'<|end|>'")
     other = edited(chat_template=template, eos_token="<|begin|>")
     run = plain_run(model, tokenizer)
-    expected = answer(run, "Which country is Tokyo in?", None)
+    question = Question("", "Which country is Tokyo in?", [], 0)
+    expected = answer(run, question)
     run.tokenizer = other
-    assert answer(run, "Which country is Tokyo in?", None) == expected
+    assert answer(run, question) == expected
     assert "<|" not in expected
 
 
@@ -361,4 +362,4 @@ def test_a_base_models_answer_is_one_line(edited, said, shown):
         parameters=[torch.zeros(1)],
     )
     count = len(tokenizer.encode(" one two three four"))
-    assert answer(run, "Which country?", None, max_new_tokens=count) == shown
+    assert answer(run, Question("", "Which country?", [], 0), count) == shown
