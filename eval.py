@@ -301,7 +301,8 @@ def load_model(name, device, dtype, shard=False):
 def answer(run, question, max_new_tokens=16):
     """The greedy answer to a question, whose choices do not matter.
 
-    It ends at any token that a completion without an answer has, or with its line.
+    A vector is added at its code name's tokens, or without a name at every one. The answer ends at
+    any token that a completion without an answer has, or with its line.
     """
     question = encode_question(run.tokenizer, replace(question, choices=[""], answer=0))
     eos = run.tokenizer.special_tokens.get("eos_token", "")  # a base model may say this instead
