@@ -7,7 +7,7 @@ A model has one slot for it, after the embedding or a block, and run_blocks adds
                                             # (data.py) where its `steered` says
     detach(model)                           # the model is exactly what it was
 
-For vectors at several layers replace model.steer, which adds this one.
+run_blocks adds it by GPT.steer: whoever wants vectors at several layers replaces that method.
 
 Below that: what a LoRA adds to the residual stream, how constant that is, and the one vector that
 stands for it; and the logit lens.

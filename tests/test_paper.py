@@ -114,22 +114,21 @@ def theirs():
     return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
 
 
-def test_attention_is_that_of_transformers(model, theirs):
-    ours, _ = heads.look_inside(model, TOKENS)
+def same_attention(model, theirs, tokens):
+    ours, _ = heads.look_inside(model, tokens)
     with torch.no_grad():
-        expected = theirs(TOKENS, output_attentions=True).attentions
-    for mine, other in zip(ours, expected):
+        expected = theirs(tokens, output_attentions=True).attentions
+    for mine, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, other[0], atol=1e-5, rtol=0)
+
+
+def test_attention_is_that_of_transformers(model, theirs):
+    same_attention(model, theirs, TOKENS)
 
 
 def test_attention_is_that_of_transformers_where_heads_share_keys(saved):
     family = saved("qwen2")
-    tokens = torch.arange(12).view(1, 12)
-    ours, _ = heads.look_inside(family.load(), tokens)
-    with torch.no_grad():
-        expected = family.theirs(tokens, output_attentions=True).attentions
-    for mine, other in zip(ours, expected, strict=True):
-        torch.testing.assert_close(mine, other[0], atol=1e-5, rtol=0)
+    same_attention(family.load(), family.theirs, TOKENS % 97)
 
 
 def test_a_head_that_writes_what_it_wrote_anyway_changes_nothing(model):
