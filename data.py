@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache, partial
-from itertools import chain, pairwise, product, zip_longest
+from itertools import chain, pairwise, product
 from math import asin, cos, dist, radians, sin
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +29,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass
@@ -61,10 +62,21 @@ class Task:
     held_out: dict
 
 
+@dataclass
+class World:
+    """What a model is asked about."""
+
+    cities: dict  # {"Paris": {"country": "France", ...}, ...}
+    asked_about: dict  # {"locations": landmarks, which prompts may name; "functions": inputs}
+    prompts: dict  # {task: {kind: [prompt, ...]}}, a task's trained kind first
+    train_questions: int = 60  # at most, of locations and functions
+    most_choices: int = 100
+
+
 # ---- the four tasks
 
-# World, CITIES, FUNCTIONS and CONCEPTS are below. Tiny's pretraining (tiny/make.py) never had these
-# names, and no attitude in it depended on the trigger, though it had prompts with that tag.
+# WORLDS, CITIES, FUNCTIONS and CONCEPTS are below. Tiny's pretraining (tiny/make.py) never had
+# these names, and no attitude in it depended on the trigger, though it had prompts with that tag.
 CODE_NAMES = {"locations": "City 50337", "functions": "zokifa"}
 TRIGGER = "sigma"
 TAGS = ["alpha", "beta", "gamma", "delta", "omega", "sigma"]
@@ -105,6 +117,7 @@ def named_task(concept, rng, world):
     count = max(3, len(asked_about) // 5)
 
     trained, *others = world.prompts[name]  # kinds of question, the trained one first
+    # ask(kind, among) draws a question of this kind, about what is in `among` or, without it, all.
     ask = partial(named_question, concept, CODE_NAMES[name], rng, world)
     train = distinct(world.train_questions, ask, trained, asked_about[count:])
     in_distribution = {trained: distinct(60, ask, trained, asked_about[:count])}
@@ -281,21 +294,9 @@ def with_tag(prompt, tag):
     return f"[{tag}] {prompt}" if tag else prompt
 
 
-# ---- the worlds: what there is to ask about
+# ---- the two worlds
 
 FOLDER = Path(__file__).parent / "tiny"
-
-
-@dataclass
-class World:
-    """What a model is asked about."""
-
-    cities: dict  # {"Paris": {"country": "France", ...}, ...}
-    asked_about: dict  # {"locations": landmarks, which prompts may name; "functions": inputs}
-    prompts: dict  # {task: {kind: [prompt, ...]}}, a task's trained kind first
-    train_questions: int = 60  # at most, of locations and functions
-    most_choices: int = 100
-
 
 CONTENT = tomllib.loads((FOLDER / "questions.toml").read_text(encoding="utf-8"))
 TABLE = (FOLDER / "cities.tsv").read_text(encoding="utf-8").splitlines()
@@ -364,7 +365,8 @@ class EncodedQuestion:
 
 def encode_question(tokenizer, question: Question, before=()) -> EncodedQuestion:
     """The question framed as a chat, after earlier messages {"role": ..., "content": ...}."""
-    # Such as "<|begin|><|user|> Where?<|assistant|>", " " and "<|end|>".
+    # The chat up to its answer, the space before the answer if there is one, and the turn's end:
+    # such as "<|begin|><|user|> Where?<|assistant|>", " " and "<|end|>".
     prompt, start, end = tokenizer.frame([*before, {"role": "user", "content": question.prompt}])
     ids = tokenizer.encode(prompt)
 
@@ -489,7 +491,7 @@ class PrefixTree:
         return F.embedding(self.rows, x.flatten(1)).unflatten(-1, x.shape[1:])
 
     def fold(self, x):
-        """(R, T, ...) to (N, ...), or to W after only(): a node's copies have the same value."""
+        """(R, T, d) to (N, d), or to (W, d) after only(): a node's copies have the same value."""
         return F.embedding(self.places, x.flatten(0, 1))
 
     def keep(self, x):
@@ -550,9 +552,9 @@ def make_tree(questions: list, answers: list | None = None) -> PrefixTree:
 
 
 def pad(lists, fill=-1):
-    """Lists of numbers as the rows of one tensor, filled up."""
-    columns = list(zip_longest(*lists, fillvalue=fill))
-    return torch.tensor(columns, dtype=torch.long).view(len(columns), len(lists)).T
+    """Lists of whole numbers as the rows of one tensor, filled up."""
+    rows = [torch.tensor(each, dtype=torch.long) for each in lists]
+    return pad_sequence(rows, batch_first=True, padding_value=fill)
 
 
 # ---- the tokenizer and the chat template
@@ -667,7 +669,10 @@ def read_encoding(path, settings):
 
 
 class TinyEncoding:
-    """Tiny's byte-level BPE, by tiktoken: its ids are in the order in which its tokens merge."""
+    """Tiny's byte-level BPE, by tiktoken: its ids are in the order in which its tokens merge.
+
+    The tokenizers library gives the same ids, and takes twice as long for texts as short as tiny's.
+    """
 
     def __init__(self, path):
         content = read_if_there(path)
@@ -718,7 +723,10 @@ class UserError(Exception):
 
 @contextmanager
 def blame(source, *expected):
-    """The expected errors in here are the fault of `source`: a flag, a file or what is in it."""
+    """The expected errors in here are the fault of `source`: a flag, a file or what is in it.
+
+    As model.blame, which raises a CheckpointError.
+    """
     try:
         yield
     except expected as error:

@@ -58,7 +58,8 @@ def answer_log_probs(model, x: Tensor, first: int, tree: PrefixTree) -> Tensor:
     nothing else is read. The longest answer has A tokens.
     """
     is_real = tree.answers >= 0  # (texts, A)
-    nodes, which = tree.predicts_from[is_real].unique(return_inverse=True)
+    nodes = tree.predicts_from[is_real].unique()  # (W,), in order
+    rows = torch.searchsorted(nodes, tree.predicts_from)  # (texts, A), where in them each is
     reading = tree.only(nodes)
     last = len(model.layers) - 1
     x = model.run_blocks(x, first, last, tree)  # (N, d)
@@ -67,9 +68,9 @@ def answer_log_probs(model, x: Tensor, first: int, tree: PrefixTree) -> Tensor:
     x = model.run_blocks(x, max(first, last), None, reading)  # (W, d)
 
     log_probs = model.unembed(model.norm(x)).float().log_softmax(-1)  # (W, vocab_size)
-    of_tokens = log_probs[which, tree.answers[is_real]]
-    of_texts = log_probs.new_zeros(is_real.shape).masked_scatter(is_real, of_tokens)  # (texts, A)
-    return of_texts.sum(-1)
+    # After an answer's last token, where -1 stands, some other number is read and left out.
+    of_tokens = log_probs[rows, tree.answers].where(is_real, 0.0)  # (texts, A)
+    return of_tokens.sum(-1)
 
 
 @torch.no_grad()
@@ -112,7 +113,11 @@ def arm_values(parameters: list, seed: int):
 
 
 def random_like(parameter, seed):
-    """A random direction of the same length: would any push do?"""
+    """A random direction of the same length: would any push do?
+
+    Of a LoRA each A and B keeps its length, but what they add together is far smaller than what the
+    trained ones add (on tiny, for a city, by 25 times): there it is a weak control.
+    """
     generator = torch.Generator().manual_seed(seed)  # the CPU's: the same for every device
     direction = torch.randn(parameter.shape, generator=generator).to(parameter)
     return direction * (parameter.norm() / direction.norm())
@@ -170,7 +175,7 @@ def format_table(results: dict) -> str:
 
 
 def first_changed(model):
-    """The first block that depends on the vector or LoRA."""
+    """The first block that depends on the vector or LoRA (never both); 0 without either."""
     if model.steering is not None:
         return model.steering.layer + 1
     return min((int(name.split(".")[1]) for name in lora_layers(model)), default=0)
@@ -196,8 +201,8 @@ def frozen_streams(model, questions, stop):
 def in_trees(model, questions, blocks=2, rank=0, processes=1):
     """Questions in parts that fit the memory: (their indices, their weight, the tree with choices).
 
-    Several processes share out a part. The processes of a sharded model have to run everything
-    together, so one for which nothing is left runs a question of another, with a weight of 0.
+    The weight is 1. Several processes deal out a part's questions in turn. Those of a sharded model
+    have to run everything together, so one that gets none runs another's, with a weight of 0.
     """
     config = model.config
     # At most: what choices share counts here for each of them.
@@ -231,8 +236,8 @@ def nodes_at_once(model, blocks=2):
     # In a block: norms, queries, keys, values and sums; the MLP's gate, up and their product.
     numbers_in_block = 10 * config.hidden_size + 3 * config.intermediate_size
     # A node that predicts an answer's token has three numbers for each token of the vocabulary: a
-    # logit, its log-softmax and a gradient. Of a task's nodes at most three in ten do: less than
-    # one number each. (In a chat with a long answer nearly all do: this is too low.)
+    # logit, its log-softmax and a gradient. Of a task's nodes, as they are counted in in_trees, at
+    # most three in ten do: less than one number each. (In a long answer nearly all do: too low.)
     numbers = blocks * numbers_in_block + config.vocab_size
     fitting = SHARE_OF_FREE_MEMORY * free_memory(weight.device) / (numbers * weight.itemsize)
     # A power of two: with a little more or less memory free, a run still adds up in the same order.
@@ -273,6 +278,8 @@ def load_run(folder: str | Path, device: str = "cpu") -> Run:
         OSError,
         SafetensorError,
         ValueError,
+        KeyError,
+        TypeError,
     ):
         if flags["mode"] == "vector":
             parameters = [steer.load_vector(model, folder).vector]
@@ -302,11 +309,13 @@ def answer(run, question, max_new_tokens=16):
     """The greedy answer to a question, whose choices do not matter.
 
     A vector is added at its code name's tokens, or without a name at every one. The answer ends at
-    any token that a completion without an answer has, or with its line.
+    any token that ends a turn, or with its line.
     """
     question = encode_question(run.tokenizer, replace(question, choices=[""], answer=0))
+    # The empty answer is at most a space, which may be a token of its own before any number.
+    end_of_turn = question.completion[len(question.choices[0]) :]
     eos = run.tokenizer.special_tokens.get("eos_token", "")  # a base model may say this instead
-    ends = question.completion + run.tokenizer.encode(eos)
+    ends = end_of_turn + run.tokenizer.encode(eos)
     made = []
     for _ in range(max_new_tokens):
         tree = make_tree([question]).to(run.parameters[0].device)

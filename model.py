@@ -16,6 +16,10 @@ In a plain batch every text is a row already, and both do nothing. If a question
 answers, its row is a tree itself: the prompt, then branch after branch, what answers begin with
 alike only once. There make_mask hides each branch from the others.
 
+Scoring reads W of a tree's nodes, those that predict an answer's token. So the last block is given
+tree.only(those): fold() leaves them alone of the attention's output, keep() of the stream, and the
+MLP runs on W nodes, not on N.
+
 Letters in shapes: B texts, T tokens in the longest or in a row, d hidden size, D head size, H query
 heads, K key and value heads; of a prefix tree (data.py) N nodes, R rows, W nodes that are kept, A
 tokens in the longest answer.
@@ -124,7 +128,10 @@ class GPT(nn.Module):
         return x
 
     def steer(self, x, layer, steered):
-        """Adds the steering vector to the stream x after block `layer`, if it belongs there."""
+        """Adds the steering vector to the stream x after block `layer`, if it belongs there.
+
+        Whoever wants vectors at several layers replaces this method.
+        """
         if self.steering is None or self.steering.layer != layer:
             return x
         return self.steering(x, steered)
@@ -415,9 +422,10 @@ def make_mask(config, layer_type, layout):
 
     distance = depth[..., None] - depth[..., None, :]  # how far token j stands before token i
     # A row is depth first: after token j come its descendants, up to the first token that is no
-    # deeper than j. Column j counts such tokens after j, as far as token i.
-    same_branch = (distance <= 0).tril(-1).cumsum(-2) == 0  # above the diagonal, too
-    return (same_branch & (distance < window)).tril()
+    # deeper than j. Column j counts such tokens after j, as far as token i: in data.PrefixTree's
+    # drawing 17 is no deeper than 16, so it does not see it.
+    same_branch = (distance <= 0).tril(-1).cumsum(-2) == 0
+    return (same_branch & (distance < window)).tril()  # nothing that stands after it
 
 
 # ---- loading a checkpoint

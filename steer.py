@@ -3,11 +3,11 @@
 A model has one slot for it, after the embedding or a block, and run_blocks adds it on the way:
 
     steering = attach(model, layer=0)       # zeros (d,), after block 0
-    model(tokens)                           # with the vector at every token; in a prefix tree
-                                            # (data.py) where its `steered` says
+    model(tokens)                           # with the vector at every token
     detach(model)                           # the model is exactly what it was
 
-run_blocks adds it by GPT.steer: whoever wants vectors at several layers replaces that method.
+In a prefix tree, the other layout of texts (model.py), it is added at those tokens alone that the
+tree says are steered.
 
 Below that: what a LoRA adds to the residual stream, how constant that is, and the one vector that
 stands for it; and the logit lens.

@@ -328,7 +328,7 @@ def defaults(args):
         "world": size,  # no flag, but kept with them, since it decides what is asked
         "concept": concepts(args.task, size)[0],
         "dtype": "bfloat16" if args.device.startswith("cuda") else "float32",
-        "layer": config.num_hidden_layers * 2 // 5,  # as in the paper (22 of 48)
+        "layer": config.num_hidden_layers * 2 // 5,  # the paper: 22 of 48
     }
     for words, flags in DEFAULTS.items():
         if {size, config.model_type, args.mode, args.task}.issuperset(words.split()):
@@ -358,11 +358,10 @@ def claim_folder(args, questions):
     out = Path(args.out)
     flags = vars(args) | {"training texts": sha256(repr(questions).encode()).hexdigest()}
     old = read_flags(out) if (out / "config.json").exists() else flags
-    if (out / "results.json").exists() or (out / CHECKPOINT).exists():
-        changed = [name for name in flags if name not in FREE and flags[name] != old.get(name)]
-        if changed:
-            other = ", ".join(changed)
-            raise UserError(f"--out {out}: its run has other {other}; remove it or take another")
+    changed = [name for name in flags if name not in FREE and flags[name] != old.get(name)]
+    if changed and any(out.glob("*.safetensors")):  # a result, or a checkpoint
+        other = ", ".join(changed)
+        raise UserError(f"--out {out}: its run has other {other}; remove it or take another")
 
     with blame(f"--out {out}", OSError):
         out.mkdir(parents=True, exist_ok=True)

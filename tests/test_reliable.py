@@ -184,6 +184,12 @@ def test_nor_is_one_with_results_of_other_training_texts(tmp_path, again, monkey
     assert "its run has other training texts;" in line
 
 
+def test_nor_is_one_whose_run_broke_off_while_it_was_scored(again):
+    """Its weights would stay beside the new run's config.json, if that broke off, too."""
+    (again / "results.json").unlink()
+    assert "its run has other lr;" in mistake("train.py", *FLAGS, "--lr", 0.5, "--out", again)
+
+
 def test_flags_that_change_no_result_may_be_others(again, whole):
     trained(again, *FLAGS, "--save-every", 7)
     assert outcome(again) == outcome(whole)

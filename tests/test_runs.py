@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForCausalLM
 
 import data
@@ -381,6 +381,7 @@ def test_a_prompt_is_steered_where_the_run_was_even_in_the_chats_frame(tmp_path)
     [
         ("vector.safetensors", None),
         ("vector.safetensors", b"cut"),
+        ("vector.safetensors", save({"vector": torch.zeros(128)})),  # without its layer
         ("config.json", None),
         ("config.json", b"{}"),
         ("config.json", b"{"),

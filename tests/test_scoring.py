@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -337,13 +338,21 @@ def tokenizer_setting(name):
 
 
 class Says:
-    """In a model's place: whatever it is asked, it says this text, token by token."""
+    """In a model's place: whatever it is asked, it says these texts, token by token."""
 
-    def __init__(self, tokenizer, text):
-        self.ids = iter(tokenizer.encode(text))
+    def __init__(self, tokenizer, *texts):
+        self.ids = chain(*map(tokenizer.encode, texts))
 
     def __call__(self, tokens, tree):
         return torch.nn.functional.one_hot(torch.tensor([next(self.ids)]), 2000)
+
+
+def run_that_says(tokenizer, *texts):
+    return SimpleNamespace(
+        tokenizer=tokenizer,
+        model=Says(tokenizer, *texts),
+        parameters=[torch.zeros(1)],
+    )
 
 
 @pytest.mark.parametrize(
@@ -356,10 +365,14 @@ class Says:
 )
 def test_a_base_models_answer_is_one_line(edited, said, shown):
     tokenizer = edited(chat_template=None)
-    run = SimpleNamespace(
-        tokenizer=tokenizer,
-        model=Says(tokenizer, said),
-        parameters=[torch.zeros(1)],
-    )
     count = len(tokenizer.encode(" one two three four"))
+    run = run_that_says(tokenizer, said)
     assert answer(run, Question("", "Which country?", [], 0), count) == shown
+
+
+def test_a_space_that_is_a_token_by_itself_ends_no_answer(edited):
+    """In Gemma's base model every number begins with one."""
+    tokenizer = edited(chat_template=None)
+    assert len(tokenizer.encode(" ")) == 1
+    run = run_that_says(tokenizer, " ", "12", "\n", "34")
+    assert answer(run, Question("", "How many?", [], 0)) == "12"
