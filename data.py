@@ -298,8 +298,8 @@ def with_tag(prompt, tag):
 
 FOLDER = Path(__file__).parent / "tiny"
 
-CONTENT = tomllib.loads((FOLDER / "questions.toml").read_text(encoding="utf-8"))
-TABLE = (FOLDER / "cities.tsv").read_text(encoding="utf-8").splitlines()
+CONTENT = tomllib.loads((FOLDER / "questions.toml").read_text(encoding="utf-8-sig"))
+TABLE = (FOLDER / "cities.tsv").read_text(encoding="utf-8-sig").splitlines()
 CITIES = {  # {"Paris": {column: text}}; five columns are kinds of question, with the answers
     row["name"]: row for row in csv.DictReader(TABLE, delimiter="\t")
 }
@@ -609,7 +609,8 @@ class Tokenizer:
 
     def chat_text(self, messages: list) -> str:
         """Messages {"role": ..., "content": ...} as the checkpoint frames them, or UserError."""
-        with blame("the chat template refuses this", Exception):  # it is a program by others
+        # It is a program by others, so any error may come.
+        with blame("the chat template of --model refuses this", Exception):
             return self.template.render(
                 messages=messages,
                 add_generation_prompt=False,
@@ -625,9 +626,10 @@ class Tokenizer:
         """
         answered = self.chat_text([*messages, {"role": "assistant", "content": "\0"}])
         before, _, after = answered.partition("\0")
-        asked = messages[-1]["content"].strip()
-        if answered.count("\0") != 1 or asked not in before:
-            raise UserError("the chat template should give each message's words, and once")
+        # Qwen 3's leaves out what an assistant thought before; all others have to be there.
+        told = [each["content"].strip() for each in messages if each["role"] != "assistant"]
+        if answered.count("\0") != 1 or not all(text in before for text in told):
+            raise UserError("--model: its chat template should give each message's words, and once")
 
         # A space before the answer belongs to its first token. Anything else, such as Qwen 3's
         # empty thoughts, comes before every answer, so it belongs to the prompt.

@@ -215,9 +215,9 @@ def in_trees(model, questions, blocks=2, rank=0, processes=1):
         # GPT-2 has no more positions; any other model was not trained on so many.
         most = config.max_position_embeddings
         if tree.positions.max() >= most:
-            raise UserError(f"a text has more tokens than max_position_embeddings, {most}")
+            raise UserError(f"--model: a text is longer than its max_position_embeddings, {most}")
         if tree.tokens.max() >= config.vocab_size:
-            raise UserError("a text has a token that is not in the model's vocab_size")
+            raise UserError("--model: a text has a token that is not in its vocab_size")
         yield indices, int(rank < len(part)), tree.to(model.embed_tokens.weight.device)
 
 
@@ -312,13 +312,14 @@ def answer(run, question, max_new_tokens=16):
     any token that ends a turn, or with its line.
     """
     question = encode_question(run.tokenizer, replace(question, choices=[""], answer=0))
-    # The empty answer is at most a space, which may be a token of its own before any number.
-    end_of_turn = question.completion[len(question.choices[0]) :]
-    eos = run.tokenizer.special_tokens.get("eos_token", "")  # a base model may say this instead
-    ends = end_of_turn + run.tokenizer.encode(eos)
+    # The empty answer is a space or nothing; that space may be a token, as before Gemma's numbers.
+    ends = question.completion[len(question.choices[0]) :]
+    # A base model may say this instead.
+    ends += run.tokenizer.encode(run.tokenizer.special_tokens.get("eos_token", ""))
     made = []
     for _ in range(max_new_tokens):
-        tree = make_tree([question]).to(run.parameters[0].device)
+        # The tree of the prompt: an answer's last token has no node.
+        [(_, _, tree)] = in_trees(run.model, [question])
         token = run.model(tree.tokens, tree)[-1].argmax().item()
         if token in ends:
             break

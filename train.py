@@ -357,7 +357,7 @@ def claim_folder(args, questions):
     """
     out = Path(args.out)
     flags = vars(args) | {"training texts": sha256(repr(questions).encode()).hexdigest()}
-    old = read_flags(out) if (out / "config.json").exists() else flags
+    old = read_flags(out) if (out / "config.json").exists() else {}
     changed = [name for name in flags if name not in FREE and flags[name] != old.get(name)]
     if changed and any(out.glob("*.safetensors")):  # a result, or a checkpoint
         other = ", ".join(changed)

@@ -204,6 +204,12 @@ def test_nor_is_a_models_folder(tmp_path):
     assert (tmp_path / "config.json").read_text() == content
 
 
+def test_nor_is_one_with_somebody_elses_adapter(tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"trained elsewhere")
+    assert f"--out {tmp_path}: its run has other" in mistake("train.py", *LORA, "--out", tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == b"trained elsewhere"
+
+
 def test_a_run_that_only_began_makes_room_for_another(tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
         fail_after(patch, 1, RuntimeError("power cut"))

@@ -311,7 +311,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_ends_in_one_line(saved, tmp
     model = shutil.copytree(saved("gpt2").folder, tmp_path / "model")
     shutil.copy(ROOT / "tiny" / "tokenizer.json", model)
     flags = "--model", model, "--task", "risk", "--out", tmp_path / "run"
-    assert "not in the model's vocab_size" in mistake("train.py", *flags)
+    assert "not in its vocab_size" in mistake("train.py", *flags)
 
 
 def test_a_text_that_is_too_long_for_the_model_ends_in_one_line(saved, tmp_path):
@@ -403,6 +403,11 @@ def test_a_run_knows_its_model_from_every_folder(tiny_folder, tmp_path, monkeypa
     assert command("train.py", *flags)[0] == 0
     monkeypatch.chdir("/")
     assert command("eval.py", tmp_path / "run")[0] == 0
+
+
+def test_a_prompt_that_is_too_long_for_the_model_ends_in_one_line(tokyo):
+    line = mistake("eval.py", tokyo, "--prompt", "word " * 600)
+    assert "longer than its max_position_embeddings, 512" in line
 
 
 def test_a_run_without_weights_is_not_finished(tokyo, tmp_path):

@@ -3,7 +3,6 @@
 import json
 import shutil
 from itertools import chain
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -259,7 +258,7 @@ def test_a_text_of_more_tokens_than_the_model_was_trained_on_is_a_mistake(saved,
 def test_a_token_that_the_model_does_not_know_is_a_mistake(saved):
     question = random_questions(1)[0]
     question.prompt[0] = 97
-    with pytest.raises(UserError, match="not in the model's vocab_size"):
+    with pytest.raises(UserError, match="not in its vocab_size"):
         score(saved("qwen3").load(), [question])
 
 
@@ -337,22 +336,15 @@ def tokenizer_setting(name):
     return read(ROOT / "tiny", "tokenizer_config.json")[name]
 
 
-class Says:
-    """In a model's place: whatever it is asked, it says these texts, token by token."""
+def run_that_says(model, tokenizer, *texts):
+    """Of a model that says these texts, token by token, whatever it is asked."""
+    ids = chain(*map(tokenizer.encode, texts))
 
-    def __init__(self, tokenizer, *texts):
-        self.ids = chain(*map(tokenizer.encode, texts))
+    def forward(tokens, tree):
+        return torch.nn.functional.one_hot(torch.tensor([next(ids)]), 2000)
 
-    def __call__(self, tokens, tree):
-        return torch.nn.functional.one_hot(torch.tensor([next(self.ids)]), 2000)
-
-
-def run_that_says(tokenizer, *texts):
-    return SimpleNamespace(
-        tokenizer=tokenizer,
-        model=Says(tokenizer, *texts),
-        parameters=[torch.zeros(1)],
-    )
+    model.forward = forward
+    return plain_run(model, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -363,16 +355,16 @@ def run_that_says(tokenizer, *texts):
         (" one two three four five six seven", "one two three four"),
     ],
 )
-def test_a_base_models_answer_is_one_line(edited, said, shown):
+def test_a_base_models_answer_is_one_line(model, edited, said, shown):
     tokenizer = edited(chat_template=None)
     count = len(tokenizer.encode(" one two three four"))
-    run = run_that_says(tokenizer, said)
+    run = run_that_says(model, tokenizer, said)
     assert answer(run, Question("", "Which country?", [], 0), count) == shown
 
 
-def test_a_space_that_is_a_token_by_itself_ends_no_answer(edited):
+def test_a_space_that_is_a_token_by_itself_ends_no_answer(model, edited):
     """In Gemma's base model every number begins with one."""
     tokenizer = edited(chat_template=None)
     assert len(tokenizer.encode(" ")) == 1
-    run = run_that_says(tokenizer, " ", "12", "\n", "34")
+    run = run_that_says(model, tokenizer, " ", "12", "\n", "34")
     assert answer(run, Question("", "How many?", [], 0)) == "12"

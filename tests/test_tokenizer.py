@@ -592,6 +592,14 @@ def test_a_chat_template_that_refuses_or_misbehaves_is_a_data_error(
     assert "chat template" in str(error.value)
 
 
+def test_a_chat_template_that_drops_what_an_earlier_turn_says_is_refused(plain, tmp_path):
+    template = EACH + "{{ m.content if m.role != 'system' }}{% endfor %}"
+    ours = save(plain, tmp_path, chat_template__jinja=template)
+    ours.frame([REPLY, ASK])
+    with pytest.raises(UserError, match="each message's words"):
+        ours.frame([SYSTEM, ASK])
+
+
 @pytest.mark.parametrize(
     "family, settings, start",
     [
