@@ -141,6 +141,7 @@ def evaluate(run, arms=None):
             encoded = [encode_question(run.tokenizer, question) for question in questions]
             if [] in [question.steered_at for question in encoded]:
                 print(f"{kind}: some questions have no token at which a vector would be added")
+
             for arm, scores in score_arms(run.model, encoded, run.parameters, arms).items():
                 accuracy, probability = scores.mean(dim=1).tolist()
                 figures |= {arm: round(accuracy, 4), f"{arm}_probability": round(probability, 4)}
@@ -316,6 +317,7 @@ def answer(run, question, max_new_tokens=16):
     ends = question.completion[len(question.choices[0]) :]
     # A base model may say this instead.
     ends += run.tokenizer.encode(run.tokenizer.special_tokens.get("eos_token", ""))
+
     made = []
     for _ in range(max_new_tokens):
         # The tree of the prompt: an answer's last token has no node.
