@@ -328,7 +328,7 @@ def defaults(args):
         "world": size,  # no flag, but kept with them, since it decides what is asked
         "concept": concepts(args.task, size)[0],
         "dtype": "bfloat16" if args.device.startswith("cuda") else "float32",
-        "layer": config.num_hidden_layers * 2 // 5,  # the paper: 22 of 48
+        "layer": config.num_hidden_layers * 2 // 5,  # two fifths up; the paper: 22 of 48
     }
     for words, flags in DEFAULTS.items():
         if {size, config.model_type, args.mode, args.task}.issuperset(words.split()):
