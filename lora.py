@@ -31,9 +31,9 @@ class LoRALinear(nn.Module):
         self.alpha = alpha
         self.scale = alpha / rank
         self.lora_A = nn.Linear(base.in_features, rank, bias=False)
-        # On the meta device no random numbers are drawn for what becomes zero anyway.
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device="meta")
-        self.lora_B.weight = nn.Parameter(torch.zeros(base.out_features, rank))
+        # No random numbers are drawn for what becomes zero anyway.
+        self.lora_B = nn.utils.skip_init(nn.Linear, rank, base.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
         self.to(base.weight.device)  # A was drawn on the CPU, so it is the same on every device
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
