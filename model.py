@@ -551,6 +551,7 @@ READ = [  # the fields that are read for every family; the first four must be th
     "tie_word_embeddings",
     "rms_norm_eps",
     "rope_theta",
+    "hidden_act",
 ]
 GEMMA = {
     "vocab_size": 256000,
@@ -578,14 +579,9 @@ DEFAULTS = {  # a family's defaults; a field that is here is read, too
         "tie_word_embeddings": True,
         "rms_norm_eps": 1e-5,
     },
-    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-    "qwen2": {"hidden_act": "silu", "max_position_embeddings": 32768},
-    "qwen3": {
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "head_dim": 128,
-        "max_position_embeddings": 32768,
-    },
+    "llama": {"attention_bias": False, "mlp_bias": False},
+    "qwen2": {"max_position_embeddings": 32768},
+    "qwen3": {"attention_bias": False, "head_dim": 128, "max_position_embeddings": 32768},
     "gemma2": GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "gemma3_text": GEMMA3,
     "gemma3": GEMMA3,  # the model with pictures, of which we read the text part
@@ -662,7 +658,7 @@ def read_config(raw):
     require(not missing, f"config.json: without {missing}")
 
     read = {name: raw[name] for name in [*READ, *DEFAULTS[family]] if name in raw}
-    fields = BUILT[family] | read
+    fields = read | BUILT[family]
     fields["rope_scaling"] = {name: raw[name] for name in of_rope}
     heads, d = fields["num_attention_heads"], fields["hidden_size"]
     fields.setdefault("num_key_value_heads", heads)
