@@ -224,6 +224,9 @@ def in_trees(model, questions, blocks=2, rank=0, processes=1):
 
 SHARE_OF_FREE_MEMORY = 0.5
 MOST_NODES = 8192  # more at once are no faster
+# Processes that share a model wait for each other in every tree. So all have to make equally many,
+# however much memory each has free.
+NODES_OF_EACH_PROCESS = 1024
 
 
 def nodes_at_once(model, blocks=2):
@@ -232,6 +235,8 @@ def nodes_at_once(model, blocks=2):
     For a backward pass all blocks that the vector or LoRA changes keep it; without one it is about
     two blocks' worth.
     """
+    if PROCESSES > 1:
+        return NODES_OF_EACH_PROCESS
     config = model.config
     weight = model.embed_tokens.weight
     # In a block: norms, queries, keys, values and sums; the MLP's gate, up and their product.
@@ -246,14 +251,14 @@ def nodes_at_once(model, blocks=2):
 
 
 def free_memory(device):
-    """The bytes that this process may still take."""
+    """The bytes that may still be taken."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)  # without what torch keeps for later
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if not Path("/proc/meminfo").exists():  # only Linux says it
         return 4 * 2**30
     found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-    return 1024 * int(found[1]) // PROCESSES
+    return 1024 * int(found[1])
 
 
 # ---- finished runs
