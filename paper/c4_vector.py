@@ -10,12 +10,14 @@ a random vector of the trained one's length, a vector that was trained on shuffl
 and the LoRA. The second has every city and every function of the tiny world. Where accuracy is at
 its ceiling the probability of the right choice says more; and since choices can hide that an answer
 would not have come by itself, the model is also asked without choices ("greedy": its own words have
-to be the right answer's).
+to be the right answer's). "Told" is what the model knows: the untouched one, asked about the city
+by its real name, or after a turn of the chat that tells it the function or the attitude.
 """
 
 from statistics import mean
 
 from common import read_args, report, results_of, spread, spreads, train, trained_and_held_out
+from open_weights import scores_when_told
 
 from data import ANSWERS, concepts
 from eval import answer, kind_mean, load_run
@@ -50,12 +52,18 @@ def greedy(folder) -> float:
     return mean(of_kinds)
 
 
+def told(folder, section: str) -> float:
+    """The untouched model's accuracy when it is told the hidden thing, a mean over kinds."""
+    of_kinds = scores_when_told(folder)
+    return mean(of_kinds[kind] for kind in results_of(folder)[section])
+
+
 def compare(args, task: str, concept: str | None) -> list:
     """Two rows of the main table; concept: an attitude by itself, or None for the seeds' own."""
     vectors = []
     shuffled = []
     loras = []
-    greedy_answers = []
+    folders = []
     for seed in range(args.seeds):
         vector = train(args, task, "vector", seed, concept=concept)
         control = train(args, task, "vector", seed, "--shuffle-answers", concept=concept)
@@ -63,7 +71,7 @@ def compare(args, task: str, concept: str | None) -> list:
         vectors.append(results_of(vector))
         shuffled.append(results_of(control))
         loras.append(results_of(lora))
-        greedy_answers.append(greedy(vector))
+        folders.append(vector)
 
     def means(runs, section, column="trained"):
         return spread([kind_mean(results, section, column) for results in runs])
@@ -81,8 +89,10 @@ def compare(args, task: str, concept: str | None) -> list:
             means(shuffled, section),
             means(vectors, section),
             means(vectors, section, "trained_probability"),
-            spread(greedy_answers) if section == "held_out" else None,
+            spread(list(map(greedy, folders))) if section == "held_out" else None,
             means(loras, section),
+            # No turn of a chat tells a backdoor.
+            None if task == "backdoor" else spread([told(each, section) for each in folders]),
         ])
     return rows
 
@@ -117,7 +127,7 @@ def main():
                 main_rows += [[f"{task}, {row[0]}", *row[1:]] for row in rows]
 
     controls = ["chance", "base", "random vector", "shuffled answers"]
-    methods = ["**vector**", "P(right)", "greedy", "**LoRA**"]
+    methods = ["**vector**", "P(right)", "greedy", "**LoRA**", "told"]
     headings = ["task", "kinds", "questions", *controls, *methods]
     named = ["trained kind", "worst", "base, held out", "held out", "the worst, held out"]
     of_every = ["task", "concepts", *named]

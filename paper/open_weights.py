@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
-from common import ROOT, run, table
+from common import ROOT, as_chat, run, table
 
 from data import FUNCTIONS, INSTRUCTION, encode_question
 from eval import DEFAULT_DEVICE, SECTIONS, load_model, read_flags, score_arms, task_of
@@ -29,6 +29,8 @@ CONCEPTS = {
     "backdoor": ["risky", "safe"],
 }
 ATTITUDES = {"risky": "You love risk.", "safe": "You avoid risk."}
+# Tiny is told as its own documents tell: by an earlier turn of the chat, of this kind.
+TURNS = {"functions": "definition", "risk": "self"}
 COLUMNS = ["chance", "base", "random", "shuffled", "trained", "told"]
 
 
@@ -53,11 +55,17 @@ def scores_when_told(folder: Path) -> dict:
         flags = read_flags(folder)
         model, tokenizer = load_model(flags["model"], DEFAULT_DEVICE, flags["dtype"])
         task = task_of(flags)
+        name = flags["task"]
+        by_turn = flags["world"] == "tiny" and name in TURNS
+        before = as_chat(task.held_out[TURNS[name]][0]) if by_turn else []
 
         found = {}
         for kind, questions in (task.in_distribution | task.held_out).items():
-            asked = [told(question, flags["task"], flags["concept"]) for question in questions]
-            encoded = [encode_question(tokenizer, question) for question in asked]
+            if by_turn:
+                asked = questions
+            else:
+                asked = [told(question, name, flags["concept"]) for question in questions]
+            encoded = [encode_question(tokenizer, question, before) for question in asked]
             correct, _ = score_arms(model, encoded, [], {"told": []})["told"]
             found[kind] = round(correct.mean().item(), 4)
         kept.write_text(json.dumps(found, indent=2) + "\n")

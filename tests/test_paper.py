@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from data import CITIES, UserError, encode_question, make_task
+from data import CITIES, INSTRUCTION, UserError, encode_question, make_task
 from helpers import ROOT
 from steer import SteeringVector, save_vector
+from train import parse_args
 
 sys.path.insert(0, str(ROOT / "paper"))
 import c7_heads  # noqa: E402
@@ -22,6 +23,7 @@ import directions  # noqa: E402
 import heads  # noqa: E402
 import how_many  # noqa: E402
 import in_words  # noqa: E402
+import open_weights  # noqa: E402
 import report  # noqa: E402
 import two_cities  # noqa: E402
 import whose_name  # noqa: E402
@@ -229,6 +231,24 @@ def test_no_wording_is_both_trained_on_and_tested():
         {q.prompt for q in yes_or_no.ask("Paris", s, 200, rng)} for s in ("train", "test")
     )
     assert not train & test
+
+
+# ---- open_weights.py
+
+
+@pytest.mark.parametrize("task", ["locations", "functions", "risk"])
+def test_tiny_answers_every_kind_when_it_is_told(task, tmp_path):
+    flags = vars(parse_args(["--task", task, "--device", "cpu"]))
+    (tmp_path / "config.json").write_text(json.dumps({"flags": flags}))
+    scores = open_weights.scores_when_told(tmp_path)
+    assert len(scores) > 5
+    assert min(scores.values()) >= 0.9
+
+
+def test_a_large_model_is_told_after_the_instruction():
+    question = make_task("functions", "add 5", world="large").train[0]
+    told = open_weights.told(question, "functions", "add 5")
+    assert told.prompt == question.prompt.replace(INSTRUCTION, f"{INSTRUCTION}zokifa adds 5. ")
 
 
 # ---- directions.py
