@@ -224,18 +224,18 @@ def in_trees(model, questions, blocks=2, rank=0, processes=1):
 
 SHARE_OF_FREE_MEMORY = 0.5
 MOST_NODES = 8192  # more at once are no faster
-# Processes that share a model wait for each other in every tree. So all have to make equally many,
-# however much memory each has free.
-NODES_OF_EACH_PROCESS = 1024
+NODES_OF_EACH_PROCESS = 1024  # if there are several
 
 
 def nodes_at_once(model, blocks=2):
     """How many nodes fit the free memory, if what `blocks` blocks made of each is there at once.
 
     For a backward pass all blocks that the vector or LoRA changes keep it; without one it is about
-    two blocks' worth.
+    two blocks' worth. Several processes do not look at the memory.
     """
     if PROCESSES > 1:
+        # Those that share a model wait for each other in every tree. So all have to make equally
+        # many, however much memory each has free.
         return NODES_OF_EACH_PROCESS
     config = model.config
     weight = model.embed_tokens.weight

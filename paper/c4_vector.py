@@ -52,7 +52,7 @@ def greedy(folder) -> float:
     return mean(of_kinds)
 
 
-def told(folder, section: str) -> float:
+def when_told(folder, section: str) -> float:
     """The untouched model's accuracy when it is told the hidden thing, a mean over kinds."""
     of_kinds = scores_when_told(folder)
     return mean(of_kinds[kind] for kind in results_of(folder)[section])
@@ -63,7 +63,7 @@ def compare(args, task: str, concept: str | None) -> list:
     vectors = []
     shuffled = []
     loras = []
-    folders = []
+    folders = []  # of the vectors
     for seed in range(args.seeds):
         vector = train(args, task, "vector", seed, concept=concept)
         control = train(args, task, "vector", seed, "--shuffle-answers", concept=concept)
@@ -72,6 +72,8 @@ def compare(args, task: str, concept: str | None) -> list:
         shuffled.append(results_of(control))
         loras.append(results_of(lora))
         folders.append(vector)
+
+    can_be_told = [] if task == "backdoor" else folders  # no turn of a chat tells a backdoor
 
     def means(runs, section, column="trained"):
         return spread([kind_mean(results, section, column) for results in runs])
@@ -89,10 +91,9 @@ def compare(args, task: str, concept: str | None) -> list:
             means(shuffled, section),
             means(vectors, section),
             means(vectors, section, "trained_probability"),
-            spread(list(map(greedy, folders))) if section == "held_out" else None,
+            spread([greedy(folder) for folder in folders]) if section == "held_out" else None,
             means(loras, section),
-            # No turn of a chat tells a backdoor.
-            None if task == "backdoor" else spread([told(each, section) for each in folders]),
+            spread([when_told(folder, section) for folder in can_be_told]),
         ])
     return rows
 

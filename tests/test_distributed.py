@@ -40,7 +40,7 @@ for name, flags in json.loads(runs).items():
     sys.argv[1:] = [*flags, "--out", f"{folder}/{name}"]
     if name == "shard":
         sys.argv.append("--shard")
-        # A batch is trained on in three parts: in as many by both, whatever memory each has free.
+        # Both train on a batch in three parts, whatever memory each has free.
         scoring.NODES_OF_EACH_PROCESS = 64
         scoring.free_memory = unequal_room
     if joined:
